@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,28 @@ def test_the_noise_of_rounding_is_a_unit_in_the_last_place_and_no_leak(model_dir
     assert 1e-2 < noise < 0.3  # four blocks, each moved by 2^-8
     assert noise == trainer.row_check.rounding_noise(rows)
     assert gradient_error(trainer, rows) < 1e-5  # nothing of it stays
+
+
+def test_log_probabilities_of_rows_in_one_shape_and_in_their_own(model_dir: Path) -> None:
+    trainer = make_trainer(model_dir, recipe(train={"packing": "packed"}))
+    rows = parity.spread(groups_as_rows(), 256)
+    found = trainer.row_check.logprob_figures(rows, in_bf16=True)
+    assert found["rows_max_abs"] < 1e-5 and found["rows_own_shape_max_abs"] < 1e-4 and len(found) == 2
+    assert trainer.row_check.logprob_figures(rows, in_bf16=False).keys() == {"rows_max_abs"}
+
+
+def test_large_logits_excuse_rows_in_their_own_shapes_only() -> None:
+    """A pretrained model whose tokens move by 0.36 where rounding moves them by 0.3."""
+    own, noise = "rows_own_shape_max_abs", "rows_max_noise"
+    on_a_gpu().require({"rows_max_abs": 0.2, own: 0.36, noise: 0.3})
+    for found, limit in (
+        ({"rows_max_abs": 0.3, own: 0.36, noise: 0.3}, "2.5e-01"),
+        ({"rows_max_abs": 0.0, own: 0.61, noise: 0.3}, "6.0e-01"),
+        ({"rows_max_abs": 0.0, own: 0.36, noise: 0.1}, "2.5e-01"),
+        ({"rows_max_abs": 0.0, own: 2.1, noise: 9.0}, "2.0e+00"),
+    ):
+        with pytest.raises(RunFailed, match=f"log-probability.*allowed {re.escape(limit)}"):
+            on_a_gpu().require(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,8 @@
 """The sandbox: nothing that a command starts outlives it, and every limit ends it."""
 
 import os
+import resource
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from astracli.process.channel import readable
 from astracli.process.sandbox import Ending, Limits, Sandbox, run
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="adoption of orphans is Linux's")
@@ -72,7 +75,8 @@ def test_daemons_end_with_the_command_and_with_a_kill(tmp_path: Path) -> None:
 def test_daemons_end_when_the_owner_is_killed(tmp_path: Path) -> None:
     (tmp_path / "pids").touch()
     owner = (
-        "import os, sys; from astracli.process.sandbox import *\n"
+        "import os, sys; from astracli.process.channel import readable
+from astracli.process.sandbox import *\n"
         "box = Sandbox([*sys.argv[1:]], stdout=subprocess.PIPE)\n"
         "box.process.stdout.readline(); os.kill(os.getpid(), 9)"
     )
@@ -148,6 +152,25 @@ def test_a_limit_ends_it(code: str, limits: Limits, reason: str, said: bytes, tm
     if reason == "exited":
         assert done.ending.code == 1
     assert not done.ok
+
+
+def test_an_owner_may_hold_more_than_1024_descriptors() -> None:
+    """`select.select` takes none over 1023; an evaluation with 1,024 requests under way holds more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        found = run([*PYTHON, "print(1)"], limits=Limits(time_s=30))
+        assert max(held) > 1024 and found.ok and found.stdout == b"1\n"
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            assert ours.fileno() > 1023 and not readable(ours)
+            theirs.send(b"x")
+            assert readable(ours, 30.0)
+    finally:
+        for each in held:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_it_leaves_no_descriptor_and_no_child() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -27,6 +28,13 @@ def send(channel: socket.socket, doc: dict[str, Any], *handles: int | None) -> N
     blob = json.dumps(doc).encode()
     socket.send_fds(channel, [_LENGTH.pack(len(blob))], [handle for handle in handles if handle is not None])
     channel.sendall(blob)
+
+
+def readable(channel: socket.socket, wait_s: float = 0.0) -> bool:
+    """Something can be received, or the other side is gone; waits up to `wait_s` for it."""
+    ready = select.poll()
+    ready.register(channel, select.POLLIN)
+    return bool(ready.poll(1000 * wait_s))
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], int | None]:

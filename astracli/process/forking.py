@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -92,7 +91,7 @@ class ForkServer:
 
     def ready(self, wait_s: float = 0.0) -> bool:
         """It forks when asked to. Waits up to `wait_s` for that."""
-        if not self._ready and self.problem is None and select.select([self._link], [], [], wait_s)[0]:
+        if not self._ready and self.problem is None and channel.readable(self._link, wait_s):
             self._answer(1.0)
             self._ready = self.problem is None
         return self._ready and self.problem is None
@@ -147,7 +146,7 @@ class ForkServer:
 
     def _answer(self, timeout_s: float) -> int | None:
         """The process id in its next answer; None when it has none, or does not come."""
-        if not select.select([self._link], [], [], timeout_s)[0]:
+        if not channel.readable(self._link, timeout_s):
             self.problem = f"it did not answer for {timeout_s:g} s"
             return None
         try:

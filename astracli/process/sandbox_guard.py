@@ -145,12 +145,15 @@ class Guard:
     def watch(self) -> "tuple[str, int]":
         """Until the command ends or has to. -> why, and its exit code (negative: a signal)."""
         time_s, most = self.limits.get("time_s"), self.limits.get("processes")
+        events = select.poll()  # unlike select.select it takes descriptors over 1023, of which its owner may have many
+        events.register(self.control, select.POLLIN)
+        events.register(self.wake, select.POLLIN)
         ends = None if time_s is None else time.monotonic() + time_s
         while True:
             now = time.monotonic()
             waits = [] if ends is None else [max(0.0, ends - now)]
             waits += [COUNT_S] if most is not None else []
-            ready = select.select([self.control, self.wake], [], [], min(waits, default=None))[0]
+            ready = {fd for fd, _ in events.poll(1000 * min(waits) if waits else None)}
             if self.wake in ready:
                 os.read(self.wake, 4096)
                 self.reap()

@@ -165,10 +165,11 @@ class Trainer:
     def _check_rows(self, batch: Batch) -> dict[str, float]:
         """How far rows joined and rows alone differ. Raises RunFailed when they do, unless the recipe wants that."""
         chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
-        found = {"rows_max_abs": self.row_check.difference(chosen)}
+        in_bf16 = self.ranks.device.type != "cpu"
+        found = self.row_check.logprob_figures(chosen, in_bf16=in_bf16)
         if not self.ablation:
             self.row_check.require(found)
-        return found | self.row_check.gradient_figures(chosen, in_bf16=self.ranks.device.type != "cpu")
+        return found | self.row_check.gradient_figures(chosen, in_bf16=in_bf16)
 
     def _require_agreement(self, work: Work) -> None:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective.

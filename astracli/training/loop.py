@@ -43,6 +43,7 @@ from astracli.training.fsdp import Ranks
 from astracli.training.optimizer import NotFinite
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
+from astracli.training.warm_up import warm_up
 from astracli.weights.publish.publisher import Publisher, PublishResult
 
 ENCODE_THREADS = 8
@@ -88,6 +89,8 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
+        self._once: dict[str, float] = {}
+        """Figures of this process for the metrics of its first step."""
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
@@ -167,6 +170,8 @@ class TrainLoop:
             self.hub.ack(self.step - 1, self.step, self.step)
         self.reporter.ready()
         self.reporter.progress(step=self.step)
+        if self.config.warm_up and self.step < self.recipe.train.steps:
+            self._once = {"warm_up_s": warm_up(self.trainer, self.reporter.waiting)}
 
     def advance(self) -> bool:
         """Train one step. False when the run is asked to stop."""
@@ -184,7 +189,8 @@ class TrainLoop:
             raise RunFailed("\n  ".join([error.message, *names.recent(self._history)]), error.hint) from error
         except ValueError as error:
             raise RunFailed(str(error), "look at the rollout worker's log") from error
-        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
+        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s, **self._once}
+        self._once = {}
         self._history.append((self.step, figures))
         step, version = self.step, self.step + 1
         if self.hub is not None:

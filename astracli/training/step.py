@@ -157,7 +157,8 @@ class Trainer:
             divide_rows=packing.micro_batches if self.packed else micro_batches,
         )
 
-    def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference."""
         return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
 
     # checks
@@ -197,7 +198,7 @@ class Trainer:
         if self.reference is None:
             return
         with self.reference_offload.moved_in() if self.reference_offload is not None else nullcontext():
-            work.references = {id(micro): self._forward(self.reference, micro)[0] for micro in work.micros}
+            work.references = {id(micro): self.forward(self.reference, micro)[0] for micro in work.micros}
         free_gathered(self.reference)
 
     def _plan_scoring(self, work: Work, *, first: bool) -> tuple[list[MicroBatch], set[int]]:
@@ -229,7 +230,7 @@ class Trainer:
         self._kept = {}
         for micro in micros:
             with torch.set_grad_enabled(id(micro) in kept):
-                logprob_N, entropy_N = self._forward(self.policy, micro)
+                logprob_N, entropy_N = self.forward(self.policy, micro)
             if id(micro) in kept:
                 self._kept[id(micro)] = logprob_N, entropy_N
             work.proximals[id(micro)] = logprob_N.detach()
@@ -269,7 +270,7 @@ class Trainer:
         divisor = objective.denominator(normaliser, work.batch, index, self.recipe)
         micros = work.batch.minibatches[index]
         for micro in micros:
-            logprob_N, entropy_N = self._kept.pop(id(micro), None) or self._forward(self.policy, micro)
+            logprob_N, entropy_N = self._kept.pop(id(micro), None) or self.forward(self.policy, micro)
             proximal_N, reference_N = work.proximals.get(id(micro)), work.references.get(id(micro))
             if measure:
                 self._measure(work, micro, logprob_N.detach(), entropy_N)

@@ -83,7 +83,7 @@ def limits_per_minibatch(trainer: Trainer) -> None:
     def minibatch(work: Work, index: int, step: int) -> float:
         with torch.no_grad():
             ratios = [
-                trainer._forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
+                trainer.forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
                 for micro in work.batch.minibatches[index]
             ]
         advantages = np.concatenate([micro.advantage_N for micro in work.batch.minibatches[index]])

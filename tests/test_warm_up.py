@@ -1,21 +1,25 @@
-"""Made-up rows before the first batch: what they are, and that nothing is changed by them."""
+"""Made-up rows before the first batch: what they are, and that nothing is changed by them; `astra doctor --warm`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_tools import make_trainer, recipe, sample_groups, save_model
+from conftest import Ran
+from trainer_job import Job, expected, job, model_dir, same
+from training_tools import make_trainer, recipe, sample_groups
 
+from astracli.launch import run, warm
+from astracli.runs.run_dir import RunDir
 from astracli.training import parity
 from astracli.training.fsdp import Ranks
 from astracli.training.warm_up import lengths, rows_of, sizes, warm_up
 
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+__all__ = ["expected", "job", "model_dir"]
 
 
 def test_lengths_are_those_that_kernels_are_compiled_for() -> None:
@@ -65,3 +69,52 @@ def test_a_trainer_that_was_warmed_up_trains_the_same_bytes(
     assert all(map(torch.equal, cold.masters.split_masters.rests, warmed.masters.split_masters.rests))
     with cold.masters.split_masters.whole(), warmed.masters.split_masters.whole():
         assert all(map(torch.equal, cold.masters.values.values(), warmed.masters.values.values()))
+
+
+def test_a_run_that_was_warmed_up_trains_the_same(job: Job, expected: dict[str, torch.Tensor]) -> None:
+    loop = job.loop(warm_up=True)
+    loop.start()
+    job.train(loop)
+    assert same(loop, expected)
+    told = [record for record in job.records() if "warm_up_s" in record]
+    assert [record["step"] for record in told] == [0] and told[0]["warm_up_s"] > 0
+
+
+def test_what_the_caches_held_before_and_hold_now_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, astra: Callable[..., Ran]
+) -> None:
+    seen: list[Any] = []
+    for variable, _ in warm.CACHES.values():
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    cache = tmp_path / "TRITON_CACHE_DIR"
+    cache.mkdir()
+    (cache / "old").write_bytes(bytes(1024))
+
+    def train_run(recipe: Any, *, run_dir: Path, warm: bool) -> tuple[int, RunDir]:
+        assert warm
+        seen.append(recipe)
+        (cache / "deep").mkdir()
+        (cache / "deep" / "new").write_bytes(bytes(3 * 1024))
+        run_dir.mkdir()
+        record = {"process": "trainer", "step": 0, "train_s": 2.0, "warm_up_s": 7.0}
+        made = RunDir(run_dir)
+        made.metrics_jsonl.write_text(json.dumps(record) + "\n")
+        return 0, made
+
+    monkeypatch.setattr(run, "train_run", train_run)
+    shown = astra("doctor", "--warm", "qwen3.5-4b-m2po-delta", "--json")
+    assert shown.code == 0
+    found = json.loads(shown.out)
+    assert found["caches"] == [{"name": "triton", "place": str(cache), "before": 1024, "after": 4096}]
+    assert found["seconds"]["made-up rows"] == 7.0 and found["seconds"]["first step"] == 2.0
+    (recipe,) = seen
+    assert (recipe.train.steps, recipe.train.batch_groups, recipe.train.minibatches) == (1, 1, 1)
+    assert recipe.data.source == "arithmetic" and not recipe.eval.every and not recipe.checkpoint.every
+    kept = (recipe.train.tokens_per_microbatch, recipe.rollout.context_length, recipe.rollout.max_running_requests)
+    assert kept == (8192, 8192, "auto") and recipe.weights.transfer == "delta" and recipe.algorithm.kl_coef == 0.001
+
+
+@pytest.mark.parametrize("words", [("--warm",), ("--warm", "qwen3.5-tiny-m2po-delta", "--facts", "8xl40")])
+def test_warm_needs_a_recipe_and_this_machine(astra: Callable[..., Ran], words: tuple[str, ...]) -> None:
+    refused = astra("doctor", *words)
+    assert refused.code == 2 and "--warm" in refused.err

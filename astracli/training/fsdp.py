@@ -52,6 +52,8 @@ class Ranks:
     """What a policy computes in; None: bf16 on a GPU, fp32 on a CPU."""
     sharding: Sharding = "full"
     """What several ranks divide among them."""
+    rate: float = 0.0
+    """Bytes/s from each rank to the next, measured at the start; 0 of one rank."""
 
     @property
     def first(self) -> bool:
@@ -185,9 +187,11 @@ def join(
         store = _meet(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), rank, world_size)
     with collective_check.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
-        collective_check.check(rank, world_size, chosen)
+        rate = collective_check.check(rank, world_size, chosen)
     cpu_group = dist.new_group(backend="gloo", timeout=WAIT)
-    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group, sharding=sharding)
+    return Ranks(
+        rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group, sharding=sharding, rate=rate
+    )
 
 
 def _meet(host: str, port: int, rank: int, world_size: int) -> dist.Store:

@@ -89,7 +89,7 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
-        self._once: dict[str, float] = {}
+        self._once = {"ranks_bytes_per_s": ranks.rate} if ranks.world_size > 1 else {}
         """Figures of this process for the metrics of its first step."""
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
@@ -171,7 +171,7 @@ class TrainLoop:
         self.reporter.ready()
         self.reporter.progress(step=self.step)
         if self.config.warm_up and self.step < self.recipe.train.steps:
-            self._once = {"warm_up_s": warm_up(self.trainer, self.reporter.waiting)}
+            self._once |= {"warm_up_s": warm_up(self.trainer, self.reporter.waiting)}
 
     def advance(self) -> bool:
         """Train one step. False when the run is asked to stop."""

@@ -75,8 +75,7 @@ def test_daemons_end_with_the_command_and_with_a_kill(tmp_path: Path) -> None:
 def test_daemons_end_when_the_owner_is_killed(tmp_path: Path) -> None:
     (tmp_path / "pids").touch()
     owner = (
-        "import os, sys; from astracli.process.channel import readable
-from astracli.process.sandbox import *\n"
+        "import os, sys; from astracli.process.sandbox import *\n"
         "box = Sandbox([*sys.argv[1:]], stdout=subprocess.PIPE)\n"
         "box.process.stdout.readline(); os.kill(os.getpid(), 9)"
     )

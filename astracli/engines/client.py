@@ -20,6 +20,7 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,7 +118,7 @@ class EngineClient:
         answers = self._content(reply, "/generate")
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise self._failure(f"answered /generate with something else than {len(requests)} results")
-        return [_ended(request, _result(answer)) for request, answer in zip(requests, answers, strict=True)]
+        return [self._read(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
     async def _stream(self, requests: Sequence[GenRequest], ended: Ended) -> list[GenResult]:
         """One call whose results come as their requests end."""
@@ -133,7 +134,7 @@ class EngineClient:
                         async for line in reply.aiter_lines():
                             if line.startswith("data: {"):
                                 answer = json.loads(line[len("data: ") :])
-                                result = _ended(requests[answer["index"]], _result(answer))
+                                result = self._read(requests[answer["index"]], answer)
                                 results[answer["index"]] = result
                                 ended(answer["index"], result)
                         break
@@ -168,6 +169,10 @@ class EngineClient:
         if all(request.rid is not None for request in requests):
             body["rid"] = [request.rid for request in requests]
         return body
+
+    def _read(self, request: GenRequest, answer: Mapping[str, Any]) -> GenResult:
+        """A request's result. Raises RunFailed for an answer that holds no tokens of the model."""
+        return _ended(request, _result(answer))
 
     def _never_began(self, reply: httpx.Response) -> bool:
         """Whether a call was refused because an abort met it before it was under way."""
@@ -261,7 +266,10 @@ def _nothing(request: GenRequest) -> GenResult:
 
 
 def _ended(request: GenRequest, result: GenResult) -> GenResult:
-    """The result up to its first stop string."""
+    """The result up to its first stop string. A stop token that is the last one allowed ends it as well, also where an
+    engine looks at the limit first."""
+    if result.finish_reason == "length" and len(result.tokens) and int(result.tokens[-1]) in request.stop_token_ids:
+        result = replace(result, finish_reason="stop")
     if request.stop is None:
         return result
     return request.stop.ended(request.input_ids[len(request.input_ids) - request.draw_offset :], result)

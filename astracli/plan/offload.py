@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -54,21 +55,24 @@ class Choice:
     reasons: Sequence[Reason]
 
 
-def options(load: TrainerLoad) -> list[Split]:
+@lru_cache(64)  # a search for settings plans some hundred times, with few different loads
+def options(load: TrainerLoad) -> Sequence[Split]:
     """The splits that the recipe allows, the quickest first."""
     asked = load.recipe.train
     modes = MODES if asked.activation_checkpointing == "auto" else (asked.activation_checkpointing,)
     references: Sequence[Where] = ("gpu", "host") if load.scores_reference else ("gpu",)
     if asked.reference_device != "auto":
         references = (asked.reference_device,)
-    parts = {"auto": PARTS, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
+    some = (0.0,) if load.shape.adapters else PARTS  # moments of adapters are small
+    parts: Sequence[float] = {"auto": some, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
     ways = product(references, parts, modes, shardings(load.recipe, load.ranks))
     return sorted((Split(*way) for way in ways), key=load.step_seconds)
 
 
 def shardings(recipe: Recipe, ranks: int) -> Sequence[Sharding]:
-    """What the recipe allows several ranks to divide. Deterministic mode sums gradients as it always did."""
-    if ranks == 1:
+    """What the recipe allows several ranks to divide. Deterministic mode sums gradients as it always did. Adapters are
+    whole on every rank; the frozen weights are divided."""
+    if ranks == 1 or recipe.lora is not None:
         return ("full",)
     asked = recipe.train.sharding
     if asked != "auto":
@@ -92,6 +96,7 @@ def recomputing(splits: Sequence[Split]) -> list[Split]:
     return [split for split in splits if split.recomputed == most]
 
 
+@lru_cache(2**14)  # of some hundred splits for each of those loads
 def trainer_needs(load: TrainerLoad, split: Split) -> tuple[int, int]:
     """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates, and of
     several ranks with `SEVERAL`)."""
@@ -132,10 +137,11 @@ def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[S
     )
     part = chosen.moments_on_host
     placed = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
-    if load.recipe.algorithm.kl_coef:
-        placed.insert(0, ("reference", asked.reference_device, chosen.reference, chosen.reference == "host"))
-    if load.ranks > 1:
+    if load.ranks > 1 and not load.shape.adapters:
         reasons.append(divided(load, chosen, fitting))
+    if load.scores_reference:
+        what = "weights without adapters" if load.shape.adapters else "reference"
+        placed.insert(0, (what, asked.reference_device, chosen.reference, chosen.reference == "host"))
     for what, asked_for, place, moved in placed:
         if moved or asked_for != "auto":
             reasons.append(Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed, Sharding
 from astracli.errors import UserError
@@ -291,6 +292,15 @@ def before_backward(policy: nn.Module, ranks: Ranks, *, last: bool) -> None:
     else:
         root.set_requires_gradient_sync(last)
     root.set_is_last_backward(last)
+
+
+def start_of(parameter: Tensor, ranks: Ranks) -> int:
+    """Where this rank's part begins in the flattened parameter; 0 where it holds all or nothing."""
+    if ranks.mesh is None or not hasattr(parameter, "placements") or not local(parameter).numel():
+        return 0
+    sharded: Any = parameter
+    _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    return int(offset[0]) * (sharded.numel() // sharded.shape[0])
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -341,9 +341,7 @@ class Recipe(Table):
         if self.weights.transfer == "adapter" and self.lora is None:
             raise ValueError("weights.transfer = adapter, but there is no table [lora]: all weights are trained")
         if self.lora is not None and self.train.sharding not in ("auto", "full"):
-            raise ValueError(
-                f"train.sharding = {self.train.sharding}, but [lora] trains adapters, which are not divided"
-            )
+            raise ValueError(f"train.sharding = {self.train.sharding}, but with [lora] ranks divide the frozen weights")
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")

@@ -31,7 +31,6 @@ CACHES: Mapping[str, tuple[str, str]] = {
     "tilelang": ("TILELANG_CACHE_DIR", "~/.tilelang/cache"),
     "tvm-ffi": ("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"),
     "deep_gemm": ("DG_JIT_CACHE_DIR", "~/.deep_gemm"),
-    "sglang": ("SGLANG_CACHE_DIR", "~/.cache/sglang"),
     "CUDA": ("CUDA_CACHE_PATH", "~/.nv/ComputeCache"),
 }
 """Name -> (variable that moves it, its usual place)."""

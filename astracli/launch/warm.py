@@ -102,6 +102,7 @@ def warm(recipe: Recipe) -> Warmed:
 
 def _seconds(records: Any) -> dict[str, float]:
     """Of the trainer: made-up rows, and the first step behind them."""
-    step = next((r for r in records if r.get("process") == "trainer" and "train_s" in r), {})
+    steps: list[Mapping[str, float]] = [r for r in records if r.get("process") == "trainer" and "train_s" in r]
+    step = steps[0] if steps else {}
     names = {"warm_up_s": "made-up rows", "train_s": "first step"}
     return {words: step[name] for name, words in names.items() if name in step}

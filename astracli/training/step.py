@@ -278,7 +278,8 @@ class Trainer:
         divisor = objective.denominator(normaliser, work.batch, index, self.recipe)
         micros = work.batch.minibatches[index]
         for micro in micros:
-            logprob_N, entropy_N = self._kept.pop(id(micro), None) or self.forward(self.policy, micro)
+            kept = self._kept.pop(id(micro)) if id(micro) in self._kept else None
+            logprob_N, entropy_N = kept or self.forward(self.policy, micro)
             proximal_N, reference_N = work.proximals.get(id(micro)), work.references.get(id(micro))
             if measure:
                 self._measure(work, micro, logprob_N.detach(), entropy_N)

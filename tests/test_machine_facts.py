@@ -36,7 +36,9 @@ def test_an_unknown_name_lists_those_that_ship_and_the_nearest() -> None:
     with pytest.raises(UserError, match="no machine `8xl4` ships with astra, and there is no such file") as error:
         machine_facts.load("8xl4")
     assert error.value.exit_code == 2 and error.value.hint is not None
-    assert error.value.hint.startswith("did you mean `8xl40`? they are container, laptop, rtx5090, 1xa100-80g, ")
+    assert error.value.hint.startswith(
+        "did you mean `8xl40`? they are container, laptop, rtx5090, 1x4090, 1xa100-80g, "
+    )
     assert all(name in error.value.hint for name in machine_facts.names())
     with pytest.raises(UserError) as error:
         machine_facts.load("mainframe")

@@ -70,6 +70,7 @@ CREATE TABLE batches (
 
 CREATE INDEX batches_with_blobs ON batches (step) WHERE pruned = 0;
 
+-- The newest announced version alone.
 CREATE TABLE versions (version INTEGER PRIMARY KEY, step INTEGER NOT NULL);
 
 -- step, version: what is evaluated; NULL while an earlier evaluation runs. served: every sample is on disk, no engine

@@ -87,7 +87,6 @@ def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str,
         "total": total,
         "tail": TAIL_TOKENS,
         **{name: [row.get(name) for row in rows] for name in ("step", "version", "sample", "reward", "advantage")},
-        "parts": [row.get("parts") or None for row in rows],
         "length": [row.get("length", len(row.get("tokens") or [])) for row in rows],
     }
     for column in ("benchmark", "problem_id", "problem", "answer", "verdict", "finish_reason"):

@@ -30,6 +30,7 @@ from astracli.errors import RunFailed, disk_full
 from astracli.hub.client import HubClient
 from astracli.hub.types import Batch, HubState, NextBatch
 from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
+from astracli.kernels.cpu.memory import GiveBack
 from astracli.models import registry
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
@@ -52,6 +53,8 @@ from astracli.weights.publish.snapshot import Shard
 
 ENCODE_THREADS = 8
 """Threads of a rank that compress what a GPU has coded."""
+GIVE_BACK_EVERY = 20
+"""Steps on a CPU between two times at which freed memory goes back to the system."""
 HISTORY_STEPS = 8
 """Whose figures the message of a run quotes that ends because of its numbers."""
 BATCH_WAIT_S = 5.0
@@ -95,6 +98,7 @@ class TrainLoop:
         self.step = 0
         self._once = {"ranks_bytes_per_s": ranks.rate} if ranks.world_size > 1 else {}
         """Figures of this process for the metrics of its first step."""
+        self._freed = GiveBack(GIVE_BACK_EVERY) if config.device == "cpu" else None
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
@@ -207,6 +211,8 @@ class TrainLoop:
         self.step = version
         self._publish(step, figures, began)
         self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
+        if self._freed is not None:
+            self._freed.passed()
         return True
 
     def _settle(self) -> float:

@@ -47,6 +47,7 @@ from astracli.training.lora import merged_into
 from astracli.training.optimizer import NotFinite
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
+from astracli.training.warm_up import warm_up
 from astracli.weights.publish.publisher import Publisher, PublishResult
 from astracli.weights.publish.snapshot import Shard
 
@@ -95,6 +96,8 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
+        self._once = {"ranks_bytes_per_s": ranks.rate} if ranks.world_size > 1 else {}
+        """Figures of this process for the metrics of its first step."""
         self.freed_memory = GiveBack(GIVE_BACK_EVERY) if config.device == "cpu" else None
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
@@ -176,6 +179,8 @@ class TrainLoop:
             self.hub.ack(self.step - 1, self.step, self.step)
         self.reporter.ready()
         self.reporter.progress(step=self.step)
+        if self.config.warm_up and self.step < self.recipe.train.steps:
+            self._once |= {"warm_up_s": warm_up(self.trainer, self.reporter.waiting)}
 
     def advance(self) -> bool:
         """Train one step. False when the run is asked to stop."""
@@ -193,7 +198,8 @@ class TrainLoop:
             raise RunFailed("\n  ".join([error.message, *names.recent(self._history)]), error.hint) from error
         except ValueError as error:
             raise RunFailed(str(error), "look at the rollout worker's log") from error
-        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
+        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s, **self._once}
+        self._once = {}
         self._history.append((self.step, figures))
         step, version = self.step, self.step + 1
         if self.hub is not None:

@@ -13,7 +13,7 @@ def run(config: TrainerConfig, reporter: Reporter) -> None:
     settle_torch(config)
     from astracli.training import fsdp, loop
 
-    ranks = fsdp.join(config.device)
+    ranks = fsdp.join(config.device, sharding=config.split.sharding)
     loop.train(config, reporter, ranks)
     ranks.close()
 

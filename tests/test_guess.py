@@ -34,7 +34,7 @@ def test_a_game_of_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scenario() -> None:
         episodes = []
-        for lines in (["2<eos>"], ["9<eos>", "1", "2<eos>"], ["0", "1", "+3", "4"]):
+        for lines in (["2"], ["9", "1", "2"], ["0", "1", "+", "4"]):
             policy = Lines(coder, lines)
             episode = await attempt(env, asked("37+45", "82"), policy, 60.0, whole)
             assert isinstance(episode, Episode), episode

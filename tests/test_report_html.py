@@ -180,9 +180,7 @@ def test_too_many_and_too_long_samples_are_spread_and_clipped(tmp_path: Path) ->
     found = report_samples.columns([long], 1, str)
     assert (found["length"], found["cut"], len(found["tokens"][0])) == ([5000], [4200], 800)
     assert found["vocabulary"][found["tokens"][0][-1]] == "4999" and found["logprobs"][0][-1] == 500
-    parts = {"turns": 2.0, "tool_errors": 1.0}
-    told = report_samples.columns([sample(0, 0, tokens=[5, 6], logprobs=[None, -1.0], parts=parts)], 1, str)
-    assert told["parts"] == [parts], "the figures of an episode stand beside its reward"
+    told = report_samples.columns([sample(0, 0, tokens=[5, 6], logprobs=[None, -1.0])], 1, str)
     assert told["logprobs"] == [[None, 100]], "a token that the policy did not draw has none"
     logs = {"parts": {"exact": 1.0, "short": 0.25}, "notes": {"read": "7", "why": "<b>"}}
     found = report_samples.columns([sample(0, 0, **logs), sample(0, 1)], 2, str)

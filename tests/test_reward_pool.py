@@ -175,6 +175,16 @@ def test_one_reward_is_right_at_its_maximum(mine: None) -> None:
         assert [g.verdict for g in found] == verdicts and found[0].parts == {"even": 0.0}
 
 
+def test_a_reward_over_its_maximum_is_told_once(mine: None) -> None:
+    """`length` declares no maximum, so 1 is assumed: any answer of two letters would count as right."""
+    told: list[str] = []
+    grades(RewardSetting("mine:length"), texts=("a", "abc", "abcd"), on_excess=told.append)
+    assert len(told) == 1 and told[0].startswith("reward `mine:length` gave 3, and its maximum is 1, from which on")
+    grades(RewardSetting("mine:length", maximum=4.0), texts=("abcd",), on_excess=told.append)
+    grades(RewardSetting("mine:length"), texts=("abcd",), right_at=2.0, on_excess=told.append)
+    assert len(told) == 1
+
+
 def test_what_a_reward_logs_comes_with_its_samples(mine: None) -> None:
     settings = (RewardSetting("mine:logs", "length"), RewardSetting("mine:logs_async", "other"))
     found = grades(*settings, texts=("a", "abc"))

@@ -162,6 +162,9 @@ def test_an_environment_is_made_with_the_recipe_and_the_checkpoint_before_a_star
     messages = [{"role": "user", "content": "how much?"}]
     with pytest.raises(UserError, match="writes no calls of tools in a format that is known"):
         registry.check("tools", chosen(), tmp_path / "model", messages)
+    with pytest.raises(UserError, match=r"the process of the tools .* did not start: its process ended"):
+        little = chosen(format="code", tools=["python"], tool_memory_gib=0.01)
+        registry.check("tools", little, tmp_path / "model", messages)
     with pytest.raises(UserError, match=r"`env_bad:Bad` cannot be made: KeyError: 'board' \(.*env_bad.py, line 4\)"):
         registry.check("env_bad:Bad", chosen(), tmp_path / "model", messages)
     registry.check("tools", chosen(format="code", tools=["python"]), tmp_path / "model", messages)

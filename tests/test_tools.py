@@ -162,8 +162,7 @@ def calls() -> Iterator[ToolCalls]:
 
 
 def below(calls: ToolCalls) -> list[psutil.Process]:
-    assert calls._box is not None
-    (host,) = psutil.Process(calls._box._sandbox.process.pid).children()
+    (host,) = psutil.Process(calls.pid).children()
     return host.children(recursive=True)
 
 

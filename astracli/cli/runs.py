@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +23,8 @@ app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_
 def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
     """List the runs, newest first: state, steps, newest score and reward, and the settings in which they differ.
 
-    The score is avg@n of the newest evaluation (`overall` of several benchmarks), the reward the mean of the newest ten
-    steps. `astra runs compare` shows more of a few runs.
+    The score is avg@n of the newest evaluation; with several benchmarks it is their mean, `overall`. The reward is the
+    mean over the newest ten steps. `astra runs compare` shows more about a few runs.
     """
     from astracli.report import many_runs
     from astracli.runs import find as runs
@@ -46,9 +47,9 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
 
 @app.command()
 def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Show a run on a page: what runs, since when, step, reward, last evaluation, what it waits for.
+    """Show the state of a run: its processes, step, reward, last evaluation, and what it waits for.
 
-    Of a run that failed, its cause and last lines. --json has every figure of every process.
+    For a run that failed, it shows the cause and the last lines. --json has every figure of every process.
     """
     from dataclasses import asdict
 
@@ -116,7 +117,7 @@ def _log_line(process: str, line: str) -> str:
 def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """Write report.html and print a run's figures.
 
-    Of a run that has ended, the summary table; of one that goes on, its figures so far.
+    For a run that has ended, it prints the summary table; for a run that is still going, its figures so far.
     """
     from astracli.report import run_files
     from astracli.report.page import html as report_html
@@ -125,9 +126,10 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().note(f"wrote {report_html.write(found)}")
     summary, results = run_files.summary(found), run_files.results(found)
     if results is not None and not json:
+        from astracli.cli.output import room
         from astracli.report.summary_table import result_lines
 
-        out().text("\n".join(result_lines(results)))
+        out().text("\n".join(result_lines(results, room() if sys.stdout.isatty() else None)))
         return
     if summary is not None and not json:
         from rich.console import Console
@@ -187,8 +189,8 @@ def samples(
 ) -> None:
     """Print samples of a run, an evaluation or a file of `astra rollout`.
 
-    Of a run some of each step's rollouts, of an `astra eval` all answers: problem, completion, verdict, and what the
-    reward logged.
+    Shows problem, completion, verdict, and what the reward logged. A run keeps some rollouts of each step; an
+    evaluation keeps all answers.
     """
     from collections import deque
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.errors import RunFailed
+from astracli.process import intact
 
 if TYPE_CHECKING:
     import httpx
@@ -56,6 +57,7 @@ class EngineClient:
             timeout=None,
             trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            event_hooks=intact.async_hooks(),
         )
 
     async def __aenter__(self) -> EngineClient:
@@ -131,8 +133,13 @@ class EngineClient:
             try:
                 async with self._http.stream("POST", "/generate", json=body, timeout=None) as reply:
                     if reply.status_code == 200:
+                        said = None
                         async for line in reply.aiter_lines():
+                            if line.startswith("id: "):
+                                said = line.removeprefix("id: ")
                             if line.startswith("data: {"):
+                                if intact.damaged(line.encode(), said):
+                                    raise self._failure(f"answered /generate, but {intact.WORDS}")
                                 answer = json.loads(line[len("data: ") :])
                                 result = self._read(requests[answer["index"]], answer)
                                 results[answer["index"]] = result

@@ -59,7 +59,7 @@ class ToolEnv(Env):
         self.calls.close()
 
     def check(self, problem: Problem) -> None:
-        """Raises UserError when the prompt of a problem does not name the tools."""
+        """Raises UserError when the prompt of a problem does not name the tools, or their process does not start."""
         text = str(self.tokenizer.decode([int(token) for token in self.prompt(problem)]))
         untold = [name for name in self.found if name not in text]
         if untold and self.format_name != "code":
@@ -67,6 +67,7 @@ class ToolEnv(Env):
                 f"the model is not told of the tool `{untold[0]}`: its chat template takes no tools",
                 "describe the tools in data.system, by their names; or take env.format=code with the tool `python`",
             )
+        self.calls.check()
 
     async def run(self, problem: Problem, policy: Policy) -> Episode:
         episode, figures = self.begin(problem), {"turns": 0, "tool_calls": 0, "tool_errors": 0, "tool_tokens": 0}

@@ -18,7 +18,6 @@ from astracli.engines.contract import GenRequest, GenResult
 from astracli.envs import time_limit
 from astracli.envs.attempt import Failure, attempt, score
 from astracli.envs.contract import Env, Episode, TokenIds, Turn
-from astracli.errors import RunFailed
 from astracli.evaluation.benchmark import (
     BenchmarkWork,
     EvalSample,
@@ -60,7 +59,7 @@ class Wave:
         self._scheduled = False
 
     async def ask(self, order: int, request: GenRequest) -> GenResult:
-        """Raises RunFailed when the engine does not answer."""
+        """Raises what the engine's client raises: RunFailed when it does not answer."""
         done: asyncio.Future[GenResult] = asyncio.get_running_loop().create_future()
         self._pending.append((order, request, done))
         self._busy -= 1
@@ -89,7 +88,7 @@ class Wave:
     async def _call(self, asks: Sequence[tuple[int, GenRequest, asyncio.Future[GenResult]]]) -> None:
         try:
             results = await self._engine.generate([request for _, request, _ in asks])
-        except RunFailed as error:
+        except Exception as error:  # each of them says so
             for _, _, done in asks:
                 if not done.done():
                     self._busy += 1
@@ -106,7 +105,7 @@ class EvalPolicy:
 
     def __init__(self, wave: Wave, order: int, work: EpisodeWork, seed_of: Callable[[int], int]):
         self.failure: Exception | None = None
-        """Why the episode has to begin anew: not the Env's doing."""
+        """What ended the episode and was not the Env's doing."""
         self._wave, self._order, self._seed_of = wave, order, seed_of
         self._env, self._sampling, self._version = work.env, work.sampling, work.version
         self._prompt: int | None = None
@@ -138,7 +137,7 @@ class EvalPolicy:
             if result.finish_reason == "abort":
                 raise Aborted
             check_version(result, self._version)
-        except (RunFailed, Aborted) as error:
+        except Exception as error:
             self.failure = error
             raise
         versions = np.full(len(result.tokens), result.version, np.int32)

@@ -192,6 +192,7 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
             benchmark.data,
             max_errors=recipe.most_reward_errors,
             on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
+            on_excess=reporter.warn,
         )
         if benchmark.data is not None
         else Rewards.of(recipe.data.by(benchmark.grader))

@@ -12,8 +12,9 @@ from astracli.config.benchmarks import get
 from astracli.config.recipe import Recipe
 from astracli.config.recipe_data import DataTable
 from astracli.errors import UserError
+from astracli.process.atomic import write_atomic
 from astracli.process.console import say
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.data.prompts import Problem

@@ -39,6 +39,8 @@ class Rewards:
     """Samples in a row whose grading may fail; 0: no limit."""
     on_error: Callable[[str], None] = field(default=lambda words: None)
     """Gets the first error of a pool, with its traceback. Called once, from any thread."""
+    on_excess: Callable[[str], None] = field(default=lambda words: None)
+    """Told when a reward is larger than it can be: `right` then begins too low. Called once, from any thread."""
 
     @classmethod
     def of(cls, data: DataTable, **settings: Any) -> Rewards:
@@ -195,10 +197,21 @@ class GradePool:
             if first:
                 self.first_error = grade.detail
             count, most = self._failed_in_a_row, self._rewards.max_errors
+            over = self._rewards.right_at is None and not self._over_said and grade.reward > self.right_at + _NEARLY
+            self._over_said |= over
+        if over:
+            self._rewards.on_excess(self._excess(grade.reward))
         if first:
             self._rewards.on_error(grade.detail)
         if most and count >= most:
             raise RunFailed(*self._too_many(count, grade))
+
+    def _excess(self, reward: float) -> str:
+        names = ", ".join(f"`{each.setting.spec}`" for each in self._graders)
+        return (
+            f"reward {names} gave {reward:g}, and its maximum is {self.right_at:g}, from which on a sample counts as "
+            "right: declare `maximum` (docs/rewards.md), or set data.right_at in a new run"
+        )
 
     def _too_many(self, count: int, last: Grade) -> tuple[str, str]:
         names = ", ".join(f"`{each.setting.spec}`" for each in self._graders)

@@ -306,7 +306,8 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
 
     tables = sets(recipe.data)
     rewards = {
-        name: Rewards.of(table, max_errors=recipe.most_reward_errors, on_error=told) for name, table in tables.items()
+        name: Rewards.of(table, max_errors=recipe.most_reward_errors, on_error=told, on_excess=reporter.warn)
+        for name, table in tables.items()
     }
     with contextlib.ExitStack() as stack:
         pools = open_pools(stack, rewards)

@@ -7,7 +7,7 @@ class Guess(Env):
     async def run(self, problem, policy):
         episode, secret = self.begin(problem), problem.answer[-1]
         for turn in range(1, 5):
-            episode.add(await policy.generate(episode.tokens, budget=2))
+            episode.add(await policy.generate(episode.tokens, budget=1))
             guess = self.text(episode.answer).strip()
             episode.parts = {"turns": turn, "found": guess == secret}
             if guess == secret or turn == 4:

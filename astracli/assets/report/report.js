@@ -140,7 +140,6 @@ function card(i) {
   const facts = [text("benchmark", i) || "rollout", s.step[i] === null ? "" : "step " + s.step[i], "version " + s.version[i], text("problem_id", i) + " #" + s.sample[i], s.length[i] + " tokens", "ended by " + text("finish_reason", i), "reward " + s.reward[i]];
   if (s.advantage[i] !== null) facts.push("advantage " + s.advantage[i].toFixed(2));
   if (s.logprobs[i].length) facts.push("mean log p " + meanLogprob(i).toFixed(2));
-  for (const [name, value] of Object.entries(s.parts[i] || {})) facts.push(`${name} ${figure(value)}`);
   for (const fact of facts) if (fact) element("span", "", fact, head);
   element("pre", "prompt clip", text("problem", i), box);
   const body = element("pre", "clip completion", undefined, box), kind = byId("filters").elements.colour.value;

@@ -20,7 +20,7 @@ from typing import Any
 from astracli.config.recipe_env import EnvTable
 from astracli.envs import time_limit
 from astracli.envs.tools.host import RESULT_BYTES
-from astracli.errors import RunFailed
+from astracli.errors import RunFailed, UserError
 from astracli.process.sandbox import Limits, Sandbox
 
 START_S = 120.0
@@ -65,6 +65,27 @@ class ToolCalls:
                     box.lost()
                     return Result("the tool was ended: it did not answer", failed=True)
 
+    def check(self) -> None:
+        """Start a sandbox and end it again. Raises UserError when that cannot be done."""
+
+        async def start() -> None:
+            box = _Box(self._table)
+            try:
+                await box.start(self._specs)
+            finally:
+                box.lost()
+
+        try:
+            asyncio.run(start())
+        except RunFailed as error:
+            most = self._table.tool_memory_gib
+            raise UserError(error.message, f"its limit of memory is env.tool_memory_gib = {most:g}") from None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the sandbox's guard, which all processes of the tools descend from; None while there is no sandbox."""
+        return self._box.pid if self._box is not None and self._box.alive else None
+
     def close(self) -> None:
         """Kill the sandbox."""
         if self._box is not None:
@@ -96,7 +117,7 @@ class _Box:
                 stdout=2,  # a tool may print
                 env=environment() | {"TMPDIR": self._folder},
             )
-        self.alive = True
+        self.alive, self.pid = True, self._sandbox.process.pid
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
 
@@ -109,6 +130,8 @@ class _Box:
                 answer = json.loads(await self._reader.readline() or b'{"refused": "its process ended"}')
         except TimeoutError:
             answer = {"refused": f"it was not ready in {START_S:g} s"}
+        except OSError:
+            answer = {"refused": "its process ended"}
         if "refused" in answer:
             self.lost()
             raise RunFailed(f"the process of the tools {', '.join(specs)} did not start: {answer['refused']}")

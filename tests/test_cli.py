@@ -120,6 +120,7 @@ def test_version(astra: Astra) -> None:
         (["recipes", "copy", "nope"], "there is no recipe `nope`"),
         (["doctor", "--facts", "nope.json"], "cannot read facts file `nope.json`: no such file or directory"),
         (["rollout", TINY, "--n", "0"], "invalid value for '--n'"),
+        (["rollout", TINY, "--keep", "wrong"], "--keep `wrong` is not known"),
         (["eval", "--compare", "a", "b"], "`a` holds no evaluation: there is no such directory"),
         (["recipes", "copy", TINY, "sub/"], "`sub` is no name for a recipe"),
         (["recipes", "check", "qwen3.5-small-m2po-delta"], "model.path = `./small-warm`: nothing at that path"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from launch_tools import build, context_of, specs_of, tiny
 
@@ -18,7 +19,17 @@ from astracli.errors import UserError
 from astracli.launch import recipe_changes, run
 from astracli.launch.local import child_spec
 from astracli.plan.view import to_json
-from astracli.process.config import EngineConfig, EvalConfig, Role, RolloutConfig, TrainerConfig, load_config
+from astracli.process.config import (
+    EngineConfig,
+    EvalConfig,
+    Role,
+    RolloutConfig,
+    SampleFile,
+    TrainerConfig,
+    load_config,
+)
+from astracli.rl.types import Group, Sample, Verdict
+from astracli.rollout.groups import SampleWriter
 from astracli.runs.run_dir import RunDir
 
 
@@ -141,3 +152,16 @@ def test_a_rollout_that_wrote_no_sample_leaves_no_file(tmp_path: Path) -> None:
     assert run.rollout_words(out) == f"2 samples, mean reward 0.500, in {out}"
     out.write_text("")
     assert run.rollout_words(out) == "no samples yet" and not out.exists()
+
+
+def test_a_rollout_may_keep_the_right_samples_alone(tmp_path: Path) -> None:
+    """By the verdict, not by the reward; every group counts, also one without a right sample."""
+    out, no_tokens = tmp_path / "right.jsonl", np.zeros(0, np.int32)
+    verdicts: list[Verdict] = ["right", "wrong", "right", "no_answer"]
+    samples = [Sample(i, [], "stop", reward=0.5, verdict=verdict) for i, verdict in enumerate(verdicts)]
+    writer = SampleWriter(SampleFile(path=out, groups=2, keep="right"))
+    writer.write(Group(0, "a", no_tokens, samples[1::2]))
+    assert writer.left == 1 and run.rollout_words(out, "right") == "no sample was right: nothing is written"
+    writer.write(Group(1, "b", no_tokens, samples))
+    assert writer.left == 0 and run.rollout_words(out, "right") == f"2 right samples in {out}"
+    assert [json.loads(line)["sample"] for line in out.read_text().splitlines()] == [0, 2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,10 @@ def rollout(
     out_: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="Where the samples go, one JSON line each.")
     ] = Path("rollout.jsonl"),
+    keep: Annotated[
+        str,
+        typer.Option("--keep", metavar="all|right", help="Write all samples, or only those whose verdict is right."),
+    ] = "all",
     run_dir: options.RunDirOpt = None,
     dry_run: options.DryRunOpt = False,
     facts: options.FactsOpt = None,
@@ -34,6 +38,8 @@ def rollout(
     refuse_facts(facts, dry_run, "rollout")
     if json and not dry_run:
         raise UserError("--json prints a plan: it goes with --dry-run", "samples are JSON lines already: see --out")
+    if keep not in ("all", "right"):
+        raise UserError(f"--keep `{keep}` is not known", "it takes `all` or `right`")
     loaded = options.load_recipe(recipe_name, recipe, set_, "rollout")
     if dry_run:
         print_plan(loaded, "rollout", out(json), facts)
@@ -41,7 +47,8 @@ def rollout(
     from astracli.launch import run as launch
 
     _check_writable(out_)
-    raise typer.Exit(launch.rollout(loaded, weights=weights, n=n, out=out_, run_dir=run_dir))
+    kept: Literal["all", "right"] = "right" if keep == "right" else "all"
+    raise typer.Exit(launch.rollout(loaded, weights=weights, n=n, out=out_, run_dir=run_dir, keep=kept))
 
 
 def _check_writable(path: Path) -> None:

@@ -27,7 +27,7 @@ from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
 from astracli.plan.view import to_json
-from astracli.process.config import SampleFile
+from astracli.process.config import Keep, SampleFile
 from astracli.process.console import plain, say
 from astracli.runs import changes as run_changes
 from astracli.runs import find as runs
@@ -112,16 +112,18 @@ def train_run(
     return code, run
 
 
-def rollout(recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None) -> int:
-    """Generate and grade `n` groups into `out`; the exit code."""
+def rollout(
+    recipe: Recipe, *, weights: str | None = None, n: int, out: Path, run_dir: Path | None = None, keep: Keep = "all"
+) -> int:
+    """Generate and grade `n` groups into `out`, all samples or the right ones; the exit code."""
     began = time.monotonic()
     recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
     inputs = _inputs(recipe, "rollout")
     run = runs.create(f"{recipe.name}-rollout", run_dir)
-    code, _ = _run(began, inputs, recipe, plan, run, samples=SampleFile(path=out.resolve(), groups=n))
+    code, _ = _run(began, inputs, recipe, plan, run, samples=SampleFile(path=out.resolve(), groups=n, keep=keep))
     if code == 0 or out.exists():
-        say(("interrupted; " if code else "") + rollout_words(out))
+        say(("interrupted; " if code else "") + rollout_words(out, keep))
     return code
 
 
@@ -256,12 +258,14 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def rollout_words(out: Path) -> str:
+def rollout_words(out: Path, keep: Keep = "all") -> str:
     """How many samples were written, and how they were graded. A file without any goes: it would be in the way when the
     same command is given again."""
     with out.open("rb") as lines:
         rewards = [record["reward"] for record in metrics.parse(lines)]
     if not rewards:
         out.unlink()
-        return "no samples yet"
+        return "no samples yet" if keep == "all" else "no sample was right: nothing is written"
+    if keep == "right":
+        return f"{len(rewards)} right samples in {out}"
     return f"{len(rewards)} samples, mean reward {sum(rewards) / len(rewards):.3f}, in {out}"

@@ -39,13 +39,18 @@ class EngineAddress(Table):
     """Where payloads for it are staged."""
 
 
+Keep = Literal["all", "right"]
+
+
 class SampleFile(Table):
     """What a rollout without a trainer writes."""
 
     path: Path
     """One JSON line a sample."""
     groups: int
-    """How many; then the process ends."""
+    """How many are generated; then the process ends."""
+    keep: Keep = "all"
+    """Which samples are written."""
 
 
 class ProcessConfig(Table):

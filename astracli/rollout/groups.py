@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from astracli.data.prompts import Problem
 from astracli.envs.contract import Env, Episode, Score
+from astracli.process.config import SampleFile
 from astracli.rl.sample_log import group_line
 from astracli.rl.types import Group, Sample, Segment
 
@@ -79,12 +79,13 @@ def segments(episode: Episode, prompt: int) -> list[Segment]:
 class SampleWriter:
     """Graded samples as JSON lines, a group at a time; `left` groups are still wanted."""
 
-    def __init__(self, path: str | Path, groups: int):
-        self.left = groups
-        self._path = Path(path)
+    def __init__(self, asked: SampleFile):
+        self.left = asked.groups
+        self._path, self._keep = asked.path, asked.keep
         self._path.write_text("")
 
     def write(self, group: Group) -> None:
+        kept = [sample for sample in group.samples if self._keep == "all" or sample.verdict == "right"]
         with self._path.open("a") as file:
-            file.write("".join(json.dumps(group_line(group, sample)) + "\n" for sample in group.samples))
+            file.write("".join(json.dumps(group_line(group, sample)) + "\n" for sample in kept))
         self.left -= 1

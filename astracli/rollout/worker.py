@@ -83,7 +83,7 @@ class Rollout:
         """Whether any prompt has been asked."""
         self._tasks: asyncio.TaskGroup
         self._over = asyncio.Event()
-        self._writer = SampleWriter(config.samples.path, config.samples.groups) if config.samples else None
+        self._writer = SampleWriter(config.samples) if config.samples else None
         self._waits: dict[str, str | None] = {}
         self._done = {"groups": 0, "samples": 0}
 

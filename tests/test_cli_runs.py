@@ -68,9 +68,11 @@ def test_runs_status_is_a_page(astra: Astra, runs: Path) -> None:
     ran = astra("runs", "status", "a")
     page = dict(line.split(None, 1) for line in ran.out.splitlines()[:8])
     assert (
-        page["run"] == "a: failed" and page["what"] == f"astra train {TINY}" and page["began"].endswith(", 1 min 00 s")
+        page["run"] == "a: failed"
+        and page["what"] == f"train, recipe {TINY}"
+        and page["began"].endswith(", 1 min 00 s")
     )
-    assert page["step"] == "40 of 100 done, 2.00 s each"
+    assert page["step"].startswith("40 of 100 done, 2.00 s each (mean of the last ")
     assert page["reward"] == "0.3 of all that arrived for step 3; 0.1 at first, mean of the last 3 steps 0.2"
     assert page["training"] == "learning rate 0.0001"
     assert page["evaluation"].startswith(

@@ -65,6 +65,19 @@ def test_turns_as_json_text_and_a_last_answer(tmp_path: Path) -> None:
     assert turns_of("[1, 2] is a list") is None and turns_of('["a"]') is None and turns_of("[" * 10**5) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [str(TURNS), json.dumps(TURNS)[:-5], json.dumps([{"from": "human", "value": "1+1"}]), json.dumps(TURNS[1])],
+)
+def test_text_that_begins_like_turns_and_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    source = jsonl(
+        tmp_path / "a.jsonl", {"problem": "[1, 2] has {'a': 1}", "answer": 1}, {"problem": text, "answer": 1}
+    )
+    with pytest.raises(UserError, match=r"a.jsonl.*line 2\): field `problem` begins like chat turns") as caught:
+        datasets.load(DataTable(source=source))
+    assert "json.dumps" in (caught.value.hint or "")
+
+
 def test_parts_of_text_are_joined_and_nothing_else_is_asked() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert turns_of([{"role": "user", "content": parts, "name": None}]) == [{"role": "user", "content": "ab"}]

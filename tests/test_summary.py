@@ -16,7 +16,7 @@ from astracli.config.recipe import Recipe
 from astracli.hub.types import Counts, EvaluationStatus, HubState
 from astracli.launch import summary
 from astracli.report.live import eval_line
-from astracli.report.summary_table import benchmark_table, print_summary, result_lines, summary_rows
+from astracli.report.summary_table import benchmark_table, dropped_words, print_summary, result_lines, summary_rows
 
 
 def figures(avg: float, passed: float) -> dict[str, Any]:
@@ -276,3 +276,9 @@ def test_two_benchmarks_show_their_mean(tmp_path: Path) -> None:
     results = {"a": figures(0.2, 0.3), "overall": figures(0.3, 0.4), "b": figures(0.4, 0.5)}
     found = make_summary(tmp_path, hub=state(0, EvaluationStatus(0, 0, 0, "done", results)))
     assert [row["benchmark"] for row in found["benchmarks"]] == ["a", "b", "overall"]
+
+
+def test_the_share_of_dropped_groups_is_of_all_that_were_finished() -> None:
+    # 6 of 6 + 2 + 1 + 3
+    words = dropped_words({"dropped": 6, "consumed_groups": 2, "waiting": 1, "expired": 3})
+    assert words.startswith("50% of the groups (6), for equal rewards") and dropped_words({"consumed_groups": 4}) == ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from astracli.data.prompts import Problem
 from astracli.data.rows import Row, open_rows
-from astracli.data.turns import PromptFormat, RowError, Turn, lookup, turns_of
+from astracli.data.turns import PromptFormat, RowError, Turn, lookup, refuse_like_turns, turns_of
 from astracli.data.values import as_text
 from astracli.errors import UserError
 
@@ -110,6 +110,7 @@ class Problems(Sequence[Problem]):
             reference = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else None
             if turns is None:
                 question = asked = _text(row, self._fields[0], "data.question_field")
+                refuse_like_turns(next(name for name in self._fields[0] if _has(row, name)), question)
             else:
                 question = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
                 asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
@@ -201,6 +202,7 @@ def _text(row: Mapping[str, Any], names: Sequence[str], setting: str) -> str:
         return text
     if missing is not None:
         raise RowError(f"field `{missing}` has no value", "fill it in, or leave the row out")
-    wanted = " or ".join(f"`{name}`" for name in names)
+    others = ", ".join(f"`{name}`" for name in names[1:])
+    wanted = f"`{names[0]}`" + (f" (nor {others}, which would be taken instead)" if others else "")
     there = ", ".join(f"`{key}`" for key in row) or "none"
     raise RowError(f"has no field {wanted}; its fields: {there}", f"name the right one with {setting}")

@@ -20,6 +20,10 @@ _SURELY_MEANT = re.compile(r"(?<![\\\w}^])\{([A-Za-z_][\w.]*)\}")
 """A name in braces that are not those of TeX, as `\\frac{a}{b}` and `x^{n}` have them."""
 
 
+_LIKE_TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|from|content)["']\s*:""")
+"""How chat turns begin, as JSON or as Python writes a list."""
+
+
 class RowError(ValueError):
     """What is wrong with a row, without its place."""
 
@@ -51,6 +55,16 @@ def turns_of(value: Any) -> list[Turn] | None:
     if not all(isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in value):
         return None
     return [_turn(turn, number) for number, turn in enumerate(value, 1)]
+
+
+def refuse_like_turns(name: str, text: str) -> None:
+    """Raise RowError for the text of column `name` that begins as chat turns do and could not be read as such."""
+    if _LIKE_TURNS.match(text):
+        raise RowError(
+            f"field `{name}` begins like chat turns, {text.strip()[:40]!r}, and is no list of them",
+            'write the whole list as JSON, [{"role": "user", "content": "..."}]: json.dumps does, str() and '
+            "pandas' to_csv do not",
+        )
 
 
 def _turn(turn: Mapping[str, Any], number: int) -> Turn:

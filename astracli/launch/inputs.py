@@ -70,7 +70,8 @@ class Ledger:
                 recipe_changes.of_resume(error, self._resumed)
             if not self._keep:
                 raise
-            self.refused.append((name, error))
+            if all(error.message != before.message for _, before in self.refused):  # a file may serve two purposes
+                self.refused.append((name, error))
 
 
 def needs(recipe: Recipe, command: Command) -> tuple[bool, list[str]]:

@@ -72,7 +72,7 @@ def _doing(status: RunStatus | None) -> str:
 
 def _what(status: RunStatus) -> list[tuple[str, str]]:
     attempt = f", attempt {status.attempt}" if status.attempt > 1 else ""
-    rows = [("what", f"astra {status.command} {status.recipe}{attempt}")]
+    rows = [("what", f"{status.command}, recipe {status.recipe}{attempt}")]
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
     end = status.ended or (time.time() if status.alive() else None)
     took = f", {duration(end - status.started)}" if end else ""
@@ -83,9 +83,10 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
     rows = []
     if status.steps:
         done = f"{status.step} of {status.steps} done"
-        pace = metrics.mean(metrics.values(records, "step_s", "trainer")[-LAST_STEPS:])
+        newest_s = metrics.values(records, "step_s", "trainer")[-LAST_STEPS:]
+        pace = metrics.mean(newest_s)
         if pace is not None:
-            done += f", {pace:.2f} s each"
+            done += f", {pace:.2f} s each (mean of the last {len(newest_s)})"
             if status.state == "running" and status.step < status.steps:
                 done += f", about {duration(pace * (status.steps - status.step))} left"
         rows.append(("step", done))

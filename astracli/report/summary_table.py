@@ -96,6 +96,15 @@ def reward_rows(training: Mapping[str, Any], attempt: str) -> list[tuple[str, st
     return rows
 
 
+def dropped_words(groups: Mapping[str, Any]) -> str:
+    """Share of the finished groups that were dropped because their rewards were equal; "" for none."""
+    dropped, kept = groups.get("dropped", 0), groups.get("consumed_groups", 0) + groups.get("waiting", 0)
+    if not dropped:
+        return ""
+    share = dropped / (dropped + kept + groups.get("expired", 0))
+    return f"{share:.0%} of the groups ({dropped:,}), for equal rewards: questions too easy or too hard for the model"
+
+
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, words) rows of the summary table."""
     training, weights, parity, memory = (summary[key] for key in ("training", "weights", "parity", "memory"))
@@ -121,6 +130,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("slots busy", f"{each}, with rollouts, over time"))
     if prompts := summary.get("prompts"):
         facts.append(("prompts", "; ".join(f"{what} {how}" for what, how in prompts.items())))
+    if words := dropped_words(summary.get("groups") or {}):
+        facts.append(("dropped", words))
     if skipped := (summary.get("groups") or {}).get("skipped"):
         facts.append(("left out", left_out_words(skipped)))
     facts += reward_rows(training, attempt)

@@ -24,6 +24,7 @@ Requests = Annotated[int, Field(gt=0, le=65_536)]
 Tokens = Annotated[int, Field(gt=0, le=2**24)]
 RUNNING = 32
 """Sequences that an engine decodes at once where no memory was counted."""
+REFILL_PART, REFILL_FROM = 16, 64
 
 
 class RolloutTable(Table):
@@ -55,6 +56,10 @@ class RolloutTable(Table):
     running_ceiling: dict[str, PositiveInt] = Field(default={})
     """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
     on a GPU of 44 GiB, as many as fit on one of 80."""
+    refill_requests: Requests | Literal["auto"] = "auto"
+    """Free slots that an engine is given new requests for at once, or fewer after a quarter of a second: taking up one
+    request keeps an engine from decoding nearly as long as taking up many. `auto`: a sixteenth of its slots, where it
+    has 64 or more; else 1. Engines whose client sends groups whole take them as they come."""
     max_dropped_batches: NonNegativeInt = 8
     """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
     their samples earned the same; 0 goes on generating."""
@@ -81,6 +86,13 @@ class RolloutTable(Table):
     def running(self) -> int:
         """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
         return RUNNING if self.max_running_requests == "auto" else self.max_running_requests
+
+    @property
+    def refill(self) -> int:
+        """`refill_requests`, at most the slots."""
+        if self.refill_requests == "auto":
+            return self.running // REFILL_PART if self.running >= REFILL_FROM else 1
+        return min(self.refill_requests, self.running)
 
     def ceiling(self, gpu_gib: float) -> tuple[int, int] | None:
         """(GiB, requests): the entry of `running_ceiling` for a GPU of so much memory; None when there is none."""

@@ -46,6 +46,7 @@ from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
 from astracli.rollout.prompt_tokens import PromptTokens
 from astracli.rollout.request_gate import EngineLost
+from astracli.rollout.slot_gate import SlotGate
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
@@ -75,6 +76,7 @@ class Rollout:
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
+            worker.slots = SlotGate(self._slots, rollout.refill)
         self._held: set[int] = set()
         self._unfit = 0
         """Prompts that were too long."""

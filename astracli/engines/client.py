@@ -26,7 +26,7 @@ import orjson
 
 from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.engines.control import ControlThread
-from astracli.engines.http import Http, HttpError, Reply
+from astracli.process.http import Http, HttpError, Reply
 from astracli.errors import RunFailed
 
 T = TypeVar("T")

@@ -75,7 +75,7 @@ def _longest(key: str, entries: Collection[str]) -> str | None:
 def asks_anew(changes: Collection[str]) -> bool:
     """Whether answers of an evaluation that has not ended were drawn under other settings than these changed keys."""
     drawn = {"rollout.max_new_tokens", "rollout.context_length"}
-    how = {"eval.every", "eval.max_concurrency", "eval.pass_k"}
+    how = {"eval.every", "eval.max_concurrency", "eval.pass_k", "eval.slot_share"}
     return any(key in drawn or (key.startswith("eval.") and key not in how) for key in changes)
 
 

@@ -166,7 +166,8 @@ class RequestGate:
     def usage(self) -> dict[str, Any]:
         """What happened on this engine since the last call, for the metrics: since its last update."""
         now, (then, tokens) = self.use.seconds(), self._last_update
-        answers = max(1, now.answers - then.answers)
+        late_s, self.use.late_s = self.use.late_s / max(1, self.use.answers), 0.0
+        self.use.answers = 0
         self._last_update = (now, self.tokens)
         counts = dict(self._counts)
         self._counts = dict.fromkeys(self._counts, 0)
@@ -176,7 +177,7 @@ class RequestGate:
         rates = {
             "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,
             "slots_busy": (now.busy - then.busy) / interval_s,
-            "answer_late_s": (now.late - then.late) / answers,
+            "answer_late_s": late_s,
         }
         seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
         return {"engine": self.name, **rates, **seconds, **counts}

@@ -15,9 +15,6 @@ class Seconds(NamedTuple):
     """Without a sample: the hub granted none."""
     busy: float
     """Weighted by the share of slots in which the engine worked at a request of this worker."""
-    late: float = 0.0
-    """Of all answers together: from the request's end in the engine to its arrival here, and what sending it took."""
-    answers: int = 0
 
 
 class SlotUse:
@@ -32,8 +29,11 @@ class SlotUse:
         """Requests at the engine; those beyond its slots wait there."""
         self._clock = clock
         self._begun = self._then = clock()
-        self._idle_s = self._busy_s = self._late_s = 0.0
-        self._answers = 0
+        self.late_s = 0.0
+        """How long requests have been under way outside the engine, all together: sending them, and from their end in
+        the engine until they were noticed here."""
+        self.answers = 0
+        self._idle_s = self._busy_s = 0.0
 
     def change(self, *, outstanding: int = 0, sent: int = 0, late_s: float = 0.0) -> None:
         """So many more, or fewer. `late_s`: how long a request that has ended was not in the engine, of the time that
@@ -43,8 +43,8 @@ class SlotUse:
         self._then = self._clock()
         self.outstanding += outstanding
         self.sent += sent
-        self._late_s += late_s
-        self._answers += max(0, -sent)
+        self.late_s += late_s
+        self.answers += max(0, -sent)
         assert self.outstanding >= 0 and self.sent >= 0
 
     def seconds(self) -> Seconds:
@@ -55,8 +55,6 @@ class SlotUse:
             now - self._begun,
             self._idle_s + passed * (not self.outstanding),
             self._busy_s + passed * busy,
-            self._late_s,
-            self._answers,
         )
 
 

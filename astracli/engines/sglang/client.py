@@ -22,7 +22,7 @@ from typing import Any
 
 from astracli.engines.client import CONTROL_S, EngineClient
 from astracli.engines.contract import UNPROVEN, Ended, GenRequest, GenResult, UpdateReply
-from astracli.engines.http import Reply
+from astracli.process.http import Reply
 from astracli.errors import RunFailed
 
 STAGED_LOADER = "astracli.engines.sglang.loader.apply_staged"

@@ -1,8 +1,8 @@
 """A small HTTP/1.1 client of one server, for thousands of requests at once.
 
 Connections stay open and are taken last in, first out; a request opens one when none is free. There is no pool that is
-searched and no limit: what an engine's client costs for each request decides whether the engine is kept busy. It speaks
-plain HTTP, follows no redirect and uses no proxy. A client belongs to one event loop.
+searched and no limit: what a client costs for each request decides whether a fast engine is kept busy. It speaks plain
+HTTP, follows no redirect and uses no proxy. A client belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-IDLE_S = 2.0
+IDLE_S = 4.0
 """A connection that has been idle for longer is not used again: servers close theirs after some seconds (uvicorn: 5),
 and a request that meets this is lost."""
 LARGEST_LINE = 1 << 26
@@ -27,10 +27,15 @@ class HttpError(Exception):
     """The server cannot be reached, or its connection broke."""
 
 
+class ConnectTimeout(HttpError, TimeoutError):
+    """The server took no connection in time: it is there, and busy."""
+
+
 @dataclass(frozen=True)
 class Reply:
     status_code: int
     content: bytes
+    media_type: str = ""
 
     @property
     def text(self) -> str:
@@ -61,7 +66,7 @@ class Http:
 
     async def request(self, method: str, path: str, body: bytes | None = None, *, timeout: float | None) -> Reply:
         async with asyncio.timeout(timeout), self._asked(method, path, body) as answer:
-            return Reply(answer.status, b"".join([part async for part in answer.parts()]))
+            return await answer.all()
 
     @asynccontextmanager
     async def stream(self, method: str, path: str, body: bytes) -> AsyncIterator[Streamed]:
@@ -73,13 +78,8 @@ class Http:
     async def _asked(self, method: str, path: str, body: bytes | None) -> AsyncIterator[_Answer]:
         """A connection goes back when its answer has been read to the end; in any other case it is closed, by which the
         server knows that nobody waits."""
-        connection = await self._connection()
+        connection, answer = await self._sent(method, path, body)
         try:
-            answer = _Answer(connection.reader)
-            with _told():
-                connection.writer.write(self._request(method, path, body))
-                await connection.writer.drain()
-                await answer.head(method)
             yield answer
             if answer.reusable:
                 connection.idle_since = time.monotonic()
@@ -90,22 +90,48 @@ class Http:
             raise
         connection.writer.close()
 
+    async def _sent(self, method: str, path: str, body: bytes | None) -> tuple[_Connection, _Answer]:
+        """Send a request and read the head of its answer. One that meets a connection that the server has closed
+        meanwhile, as idle, goes out again."""
+        while True:
+            connection, used_before = self._unused(), True
+            if connection is None:
+                connection, used_before = await self._opened(), False
+            answer = _Answer(connection.reader)
+            try:
+                with _told():
+                    connection.writer.write(self._request(method, path, body))
+                    await connection.writer.drain()
+                    await answer.head(method)
+                return connection, answer
+            except HttpError as error:
+                connection.writer.transport.abort()
+                if not (used_before and isinstance(error, _NoAnswer)):
+                    raise
+            except BaseException:
+                connection.writer.transport.abort()
+                raise
+
     def _request(self, method: str, path: str, body: bytes | None) -> bytes:
         kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n" if body is not None else ""
         return f"{method} {self._path}{path} HTTP/1.1\r\n{self._head}{kind}\r\n".encode() + (body or b"")
 
-    async def _connection(self) -> _Connection:
+    def _unused(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
                 return connection
             connection.writer.close()
+        return None
+
+    async def _opened(self) -> _Connection:
         try:
             async with asyncio.timeout(CONNECT_S):
-                opened = await asyncio.open_connection(self._host, self._port, limit=LARGEST_LINE)
-        except OSError as error:  # a timeout too
-            raise HttpError(str(error) or f"no connection within {CONNECT_S:g} s") from error
-        return _Connection(*opened)
+                return _Connection(*await asyncio.open_connection(self._host, self._port, limit=LARGEST_LINE))
+        except TimeoutError as error:
+            raise ConnectTimeout(f"no connection within {CONNECT_S:g} s") from error
+        except OSError as error:
+            raise HttpError(str(error) or type(error).__name__) from error
 
     async def close(self) -> None:
         while self._idle:
@@ -115,13 +141,20 @@ class Http:
                 await writer.wait_closed()
 
 
+class _NoAnswer(HttpError):
+    """The connection was closed before the first byte of an answer."""
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """What goes wrong with a connection is an HttpError."""
     try:
         yield
     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-        raise HttpError(str(error) or "the connection was closed") from error
+        nothing = isinstance(error, ConnectionError) or (
+            isinstance(error, asyncio.IncompleteReadError) and not error.partial
+        )
+        raise (_NoAnswer if nothing else HttpError)(str(error) or "the connection was closed") from error
 
 
 class _Answer:
@@ -129,7 +162,7 @@ class _Answer:
 
     def __init__(self, reader: asyncio.StreamReader):
         self._reader = reader
-        self.status = 0
+        self.status, self._media_type = 0, ""
         self._length: int | None = 0
         """Bytes of the body; None: until the connection is closed."""
         self._chunked = self._kept = self._read = False
@@ -150,12 +183,16 @@ class _Answer:
         for line in filter(None, lines[1:]):
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
+        self._media_type = headers.get("content-type", "")
         self._kept = headers.get("connection", "").lower() != "close" and protocol != "HTTP/1.0"
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         length = headers.get("content-length")
         self._length = int(length) if length is not None else None
         if self.status in (204, 304) or method == "HEAD":
             self._chunked, self._length = False, 0
+
+    async def all(self) -> Reply:
+        return Reply(self.status, b"".join([part async for part in self.parts()]), self._media_type)
 
     async def parts(self) -> AsyncIterator[bytes]:
         """The body."""
@@ -185,7 +222,7 @@ class Streamed:
         return self._answer.status
 
     async def read(self) -> Reply:
-        return Reply(self._answer.status, b"".join([part async for part in self._answer.parts()]))
+        return await self._answer.all()
 
     async def lines(self) -> AsyncIterator[bytes]:
         """Lines without their end."""

@@ -55,6 +55,12 @@ def test_who_gives_up_waiting_takes_no_slot() -> None:
         last[0].cancel()
         await asyncio.gather(*last, return_exceptions=True)
         assert gate.taken == 0 and got == [0, 2]
+        gate.limit = 0
+        given_up, kept = await waiting(gate, 2, got, 4)
+        given_up.cancel()
+        gate.limit = 1  # before it has seen that
+        await asyncio.gather(given_up, kept, return_exceptions=True)
+        assert gate.taken == 1 and got == [0, 2, 5]
 
     asyncio.run(go())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 
 LONGEST_WAIT_S = 0.25
 """How long a request with a free slot waits, at an engine that is nearly full, for others to go with it."""
@@ -40,10 +41,11 @@ class SlotGate:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.free()
+            if turn.cancelled():
+                with suppress(ValueError):  # it has been passed over
+                    self._waiting.remove(turn)
             else:
-                self._waiting.remove(turn)
+                self.free()
             raise
 
     def free(self) -> None:
@@ -69,7 +71,9 @@ class SlotGate:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for _ in range(count):
+        while count > 0 and self._waiting:
             turn = self._waiting.popleft()
-            self.taken += 1
-            turn.set_result(None)
+            if not turn.done():  # who waited has not been cancelled
+                count -= 1
+                self.taken += 1
+                turn.set_result(None)

@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, name: Path) -> dict[str, Any]:
     served = [word for key in ENGINE for word in ("--" + key.replace("_", "-"), getattr(args, key))]
     with (
         process(here.with_name("fake_sglang.py"), "--port", port, "--stage-dir", stage, *served, log=name / "engine.log"),
-        hub(name, metrics) as (store, hub_url),
+        hub(name, metrics, slots=args.slots) as (store, hub_url),
     ):
         config = RolloutConfig(
             name="rollout", run_dir=name, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
@@ -145,7 +145,6 @@ def measure(args: argparse.Namespace, name: Path) -> dict[str, Any]:
                 store.announce(version, version)
             after, used = ask(url, TOKEN, "/stats"), cpu_s(worker) - cpu
             store.request_stop()
-            print(store.state(), file=sys.stderr) if args.profile else None
             with suppress(psutil.TimeoutExpired):
                 worker.wait(20)
         made = {key: after[key] - before[key] for key in before}

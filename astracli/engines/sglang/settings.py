@@ -22,6 +22,10 @@ class SglangTable(Table):
     (`resources.share_gpus`) it is what that one leaves."""
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
+    prefill_delay_ratio: float = Field(default=0.0, ge=0.0, le=0.5)
+    """SGLang's prefill delayer: it takes up new requests only when so many wait, as a part of those that run, or after
+    a tenth of a second, and when as many slots are free as its largest prefill filled. 0: at once. Requests already come
+    in bursts (`rollout.refill_requests`); this keeps together what of a burst arrives late."""
 
 
 def own(recipe: Recipe) -> SglangTable:

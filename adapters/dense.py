@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from astracli.models.adapter import ModelAdapter
-from astracli.models.adapter_tools import Shapes, dense_memory_shape, load_checkpoint, wire_map
+from astracli.models.adapter_tools import DENSE_PROJECTIONS, Shapes, dense_memory_shape, load_checkpoint, wire_map
 
 
 def dense_adapter(
@@ -39,6 +39,7 @@ def dense_adapter(
         wire_tensors=lambda model: wire_map(model, shapes(model.config.to_dict())),
         prepare_gpu=prepare_gpu,
         shapes=shapes,
+        lora_targets=DENSE_PROJECTIONS,
         tiny_config=tiny_config,
         **own,
     )

@@ -25,7 +25,7 @@ from typing import Any
 from astracli.adapters import qwen3_5_layers as layers
 from astracli.adapters import qwen3_5_sizes as sizes
 from astracli.models.adapter import DeltaRule, Forbidden, ModelAdapter, WireTensor, read_config
-from astracli.models.adapter_tools import load_checkpoint, wire_map
+from astracli.models.adapter_tools import DENSE_PROJECTIONS, load_checkpoint, wire_map
 
 KEEP_FP32 = ("A_log",)
 FROZEN = ("model.visual.", "visual.", "mtp.")
@@ -219,5 +219,6 @@ ADAPTER = ModelAdapter(
     },
     shapes=sizes.text_shapes,
     delta_rule=delta_rule,
+    lora_targets=(*DENSE_PROJECTIONS, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
     tiny_config=tiny_config,
 )

@@ -111,7 +111,6 @@ def delta_net(
 
     from astracli.kernels.cpu.delta_rule import conv_silu
     from astracli.kernels.gpu import fused
-    from astracli.kernels.gpu.heads import SplitHeads
     from astracli.kernels.varlen import segments
     from astracli.kernels.weight_gradients import linears
 
@@ -133,28 +132,19 @@ def delta_net(
         raise ValueError(f"cu_seqlens with {rows} rows; a packed row is one")
     projections = module.in_proj_qkv, module.in_proj_b, module.in_proj_a, module.in_proj_z
     mixed, beta, decay, gate = linears(hidden_states, projections)
-    taps = module.conv1d.weight.squeeze(1)
     by_torch = kernels is None or fused.delta_rule_by_torch
     bounds = segments(cu_seqlens, tokens, cu_seqlens_host) if by_torch else []
     known = {}
     if kernels and cu_seqlens is not None and cu_seqlens_host:
         known = fused.chunks(cu_seqlens_host, hidden_states.device)
+    taps, bias = module.conv1d.weight.squeeze(1), module.conv1d.bias
     if kernels is not None:
-        mixed = kernels.conv(mixed, taps, module.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
+        mixed = kernels.conv(mixed, taps, bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
     else:
         turned = mixed.transpose(1, 2)
-        convolved = [conv_silu(turned[:, :, a:b], taps, module.conv1d.bias) for a, b in bounds]
+        convolved = [conv_silu(turned[:, :, a:b], taps, bias) for a, b in bounds]
         mixed = torch.cat([x.transpose(1, 2) for x in convolved], dim=1)
-    times = module.num_v_heads // module.num_k_heads
-    if kernels is not None:
-        # fla takes grouped heads, but 0.5's TileLang backward does not, and its other one raises on Hopper
-        query, key, value = SplitHeads.apply(mixed, module.key_dim, module.head_k_dim, module.head_v_dim, times)
-    else:
-        query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
-        query, key = (x.reshape(rows, tokens, -1, module.head_k_dim) for x in (query, key))
-        value = value.reshape(rows, tokens, -1, module.head_v_dim)
-        if times > 1:
-            query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
+    query, key, value = _heads(module, mixed, fused=kernels is not None)
     beta = beta.sigmoid()
     decay = decay + module.dt_bias.float()  # in fp32
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
@@ -172,6 +162,26 @@ def delta_net(
     else:
         out = module.norm(out.reshape(-1, module.head_v_dim), gate.reshape(-1, module.head_v_dim))
     return module.out_proj(out.reshape(rows, tokens, -1))
+
+
+def _heads(module: Any, mixed: Any, *, fused: bool) -> tuple[Any, Any, Any]:
+    """[B, T, 2 keys + values] -> query and key [B, T, value heads, key size], value [B, T, value heads, value size]."""
+    times = module.num_v_heads // module.num_k_heads
+    if fused:
+        # fla takes grouped heads, but 0.5's TileLang backward does not, and its other one raises on Hopper
+        from astracli.kernels.gpu.heads import SplitHeads
+
+        found: tuple[Any, Any, Any] = SplitHeads.apply(
+            mixed, module.key_dim, module.head_k_dim, module.head_v_dim, times
+        )
+        return found
+    rows, tokens = mixed.shape[:2]
+    query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
+    query, key = (x.reshape(rows, tokens, -1, module.head_k_dim) for x in (query, key))
+    value = value.reshape(rows, tokens, -1, module.head_v_dim)
+    if times > 1:
+        query, key = query.repeat_interleave(times, dim=2), key.repeat_interleave(times, dim=2)
+    return query, key, value
 
 
 def _rotate_by_hand() -> None:

@@ -143,6 +143,15 @@ def gpu_settings(args: argparse.Namespace, trainers: int | None = 1, *, shared: 
     return found | ({"resources.engine.env.PYTHONPATH": args.engine_path} if args.engine_path else {})
 
 
+def start(words: list[str], folder: Path, console: Path, *, apart: bool = False) -> subprocess.Popen[bytes]:
+    """A command in `folder`; what it says goes to the file `console`. `apart`: in a session of its own, so that Ctrl-C
+    does not reach it."""
+    with console.open("ab") as said:
+        return subprocess.Popen(
+            words, cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=apart
+        )
+
+
 def finished(words: list[str], folder: Path, *, console: Any = subprocess.PIPE) -> tuple[float, str]:
     """(seconds, stdout) of a command in `folder`; ends the bench with its last words when it fails. `talk`: where its
     stderr goes."""

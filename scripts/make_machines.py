@@ -30,6 +30,8 @@ CUDA = "13.0"
 
 GPUS: dict[str, tuple[str, str, int]] = {
     "l40": ("NVIDIA L40", "8.9", 45056),
+    "l40s": ("NVIDIA L40S", "8.9", 46068),
+    "4090": ("NVIDIA GeForce RTX 4090", "8.9", 24564),
     "a10g": ("NVIDIA A10G", "8.6", 23028),
     "a100": ("NVIDIA A100-SXM4-80GB", "8.0", 81920),
     "h100": ("NVIDIA H100 80GB HBM3", "9.0", 81559),
@@ -59,6 +61,8 @@ DOCKER = {"nofile": 1024, "nofile_hard": 1024, "memlock": 65536, "shm_total": 64
 MACHINES: dict[str, tuple[int, str, Host]] = {
     "laptop": (0, "", Host("a laptop", 16, 16, 120, DESKTOP)),
     "rtx5090": (1, "5090", Host("a workstation", 32, 128, 900, DESKTOP, 1.4)),
+    "1x4090": (1, "4090", Host("a rented machine", 16, 96, 400, RENTED)),
+    "1xl40s": (1, "l40s", Host("a rented machine", 16, 128, 500, RENTED)),
     "1xl40": (1, "l40", Host("a rented machine", 16, 128, 500, RENTED)),
     "1xa100-80g": (1, "a100", Host("a rented machine", 24, 216, 500, RENTED)),
     "1xh200": (1, "h200", Host("a rented machine", 16, 192, 500, RENTED)),

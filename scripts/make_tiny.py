@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -37,11 +38,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(content: Sequence[str] = CONTENT) -> PreTrainedTokenizerFast:
-    """One token a character, and one for `\\boxed{`."""
+def build_tokenizer(content: Sequence[str] = CONTENT, chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token a character, and one for each longer text of `content`, such as `\\boxed{`."""
+    longer = [re.escape(text) for text in sorted(content, key=len, reverse=True) if len(text) > 1]
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *content])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*longer, r"[\s\S]"])), behavior="isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(t, special=True) for t in ("<pad>", "<eos>", "<unk>")])
     return PreTrainedTokenizerFast(
@@ -49,24 +51,27 @@ def build_tokenizer(content: Sequence[str] = CONTENT) -> PreTrainedTokenizerFast
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
 
 
-def build_config() -> Qwen3_5TextConfig:
+def build_config(**changes: int) -> Qwen3_5TextConfig:
     """The published 4B's proportions at hidden 128: three Gated DeltaNet layers, then one of full attention."""
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    }
     return Qwen3_5TextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
+        **(sizes | changes),
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
-        linear_num_key_heads=4,
-        linear_num_value_heads=4,
         linear_key_head_dim=32,
         linear_value_head_dim=32,
         linear_conv_kernel_dim=4,
@@ -100,11 +105,13 @@ def batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int) -> 
     return ids, targets
 
 
-def smoothed_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+def smoothed_loss(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, content: int = len(CONTENT)
+) -> torch.Tensor:
     """Cross entropy to (1 - smoothing) on the target and smoothing spread over <eos> and the content tokens."""
     logprobs = logits.log_softmax(-1)[targets >= 0]
     target = targets[targets >= 0]
-    support = [EOS, *range(UNK + 1, UNK + 1 + len(CONTENT))]
+    support = [EOS, *range(UNK + 1, UNK + 1 + content)]
     exact = -logprobs.gather(-1, target[:, None]).squeeze(-1)
     return ((1 - smoothing) * exact - smoothing * logprobs[:, support].mean(-1)).mean()
 

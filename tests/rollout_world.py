@@ -21,6 +21,7 @@ from astracli.engines.client import EngineClient
 from astracli.engines.sglang.client import SglangClient
 from astracli.envs import registry as envs
 from astracli.envs.contract import EnvSetup
+from astracli.envs.prompt_tokens import PromptTokens
 from astracli.envs.time_limit import LoopWatch
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.store import HubStore
@@ -31,7 +32,6 @@ from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, unpack_group
 from astracli.rollout.engine_worker import EngineWorker
-from astracli.rollout.prompt_tokens import PromptTokens
 from astracli.rollout.worker import Rollout
 
 LENGTH = 20
@@ -43,7 +43,7 @@ class Tokenizer:
     chat_template = None
     eos_token_id = 1
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from astracli.process.atomic import write_atomic
 from astracli.weights.format.digest import digest_tensor, to_hex
-from astracli.weights.format.manifest import Manifest, TensorEntry, seal, version_name, write_atomic
+from astracli.weights.format.manifest import Manifest, TensorEntry, seal, version_name
 from astracli.weights.publish.publisher import Publisher
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))

@@ -36,6 +36,7 @@ def test_registry_has_the_samples_and_counts_of_the_reference() -> None:
         "arithmetic-heldout": (256, 8),
         "arithmetic-steps-heldout": (256, 4),
         "arithmetic-sums-heldout": (96, 8),
+        "arithmetic-products-heldout": (128, 4),
         "aime24": (30, 16),
         "aime25": (30, 16),
         "amc": (45, 16),

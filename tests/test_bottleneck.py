@@ -44,8 +44,8 @@ def test_generation_limits() -> None:
     assert found.change == "resources.rollout_gpus=4, or a higher rollout.max_running_requests, if memory allows"
     narrow = judged(replace(SETTING, allowed=32), wait_s=45.0)
     assert narrow.change == (
-        "resources.rollout_gpus=4, or a larger train.batch_groups or train.max_staleness: 32 requests may be under "
-        "way, the engines have room for 64"
+        "resources.rollout_gpus=4, or a larger train.max_staleness, or train.batch_groups in a new run: 32 requests "
+        "may be under way, the engines have room for 64"
     )
     cpu = judged(replace(SETTING, gpus=False, engines=1), wait_s=20.0)
     assert cpu.words.endswith("the engine is 1.2x too slow")

@@ -306,7 +306,8 @@ def test_eval_of_a_run_without_export(astra: Astra, launch: Launch, runs: Path) 
 
 def test_recipes_list_and_show_json(astra: Astra) -> None:
     listed = json.loads(astra("recipes", "list", "--json").out)
-    assert TINY in [entry["name"] for entry in listed] and len(listed) == 11
+    files = (Path(__file__).parents[1] / "recipes").glob("[!_]*.toml")
+    assert TINY in {entry["name"] for entry in listed} == {file.stem for file in files}
     shown = json.loads(astra("recipes", "show", TINY, "--json", "--set", "seed=4").out)
     assert (shown["seed"], shown["weights"]["transfer"]) == (4, "delta")
     assert max(len(line) for line in astra("recipes", "list").out.splitlines()) <= 100

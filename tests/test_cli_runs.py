@@ -174,6 +174,11 @@ def test_runs_samples_filter(astra: Astra, runs: Path) -> None:
     assert shown("--wrong", "--step", "1") == [(1, "wrong")]
     assert shown("-n", "1") == [(2, "timeout")]
     assert "problem: 1+1" in astra("runs", "samples", "a").out
+    told = json.loads(sample(3, "right", "stop")) | {"parts": {"exact": 0.25}, "notes": {"why": "read 7"}}
+    (runs.parent / "tried.jsonl").write_text(json.dumps(told) + "\n")
+    shown = astra("runs", "samples", "tried.jsonl").out
+    assert "  parts: exact 0.25\n  why: read 7\n" in shown, "the file of `astra rollout`"
+    assert "no such samples; those of `astra rollout`" in astra("runs", "samples", "tried.jsonl", "--wrong").err
 
 
 def test_runs_report_shows_first_last_and_difference(astra: Astra, runs: Path) -> None:

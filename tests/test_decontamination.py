@@ -11,7 +11,9 @@ from astracli.config.recipe_data import DataTable
 from astracli.data import datasets, decontamination
 from astracli.data.decontamination import find
 from astracli.data.prompts import Problem
-from astracli.launch import inputs as problems_of_a_run
+from astracli.errors import UserError
+from astracli.launch import problem_files
+from astracli.runs import find as runs
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
 LONG = "A bag holds seven red balls and five blue balls and we draw two of them at random without putting them back"
@@ -54,7 +56,7 @@ def test_removed_from_a_file_and_said(
     def ids(mode: str) -> list[str]:
         data = DataTable(source=str(FIXTURE), decontaminate=mode)  # type: ignore[arg-type]
         recipe: Any = SimpleNamespace(data=data, eval=EvalTable())
-        paths = problems_of_a_run.decontaminated(recipe, {"": str(FIXTURE)}, {str(mine): str(mine)})
+        paths = problem_files.decontaminated(recipe, {"": str(FIXTURE)}, {str(mine): str(mine)})
         return [p.id for p in datasets.load(data, paths[""])]
 
     assert ids("off") == every and capsys.readouterr().err == ""
@@ -62,6 +64,42 @@ def test_removed_from_a_file_and_said(
     assert f"warning: 2 of {len(every)} training problems are in a benchmark" in capsys.readouterr().err
     assert ids("remove") == every[2:] == ids("remove")
     assert "left out" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_problems_whatever_benchmarks_it_has_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that began without the items of one benchmark, resumed with another one, with both, and with none."""
+    monkeypatch.setenv("ASTRA_CACHE_DIR", str(tmp_path / "cache"))
+    lines = FIXTURE.open(encoding="utf-8").readlines()
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text("".join(lines[:2]))
+    two.write_text(lines[3])
+    recipe: Any = SimpleNamespace(data=DataTable(source=str(FIXTURE), decontaminate="remove"), eval=EvalTable())
+    run = runs.create("r", tmp_path / "run")
+
+    def files(*benchmarks: Path, resumed: bool = True) -> dict[str, Path | None]:
+        fetched = {str(place): str(place) for place in benchmarks}
+        return problem_files.decontaminated(recipe, {"": str(FIXTURE)}, fetched, run if resumed else None)
+
+    began = files(one, resumed=False)
+    problem_files.pin(run, recipe, began)
+    for benchmarks in ((two,), (one, two), ()):
+        capsys.readouterr()
+        assert files(*benchmarks) == began
+        problem_files.check(run, recipe, began)
+        said = capsys.readouterr().err
+        warned = f"warning: 1 of {len(lines) - 2} training problems are in a benchmark: {two} 1 (1 equal); stay in: a"
+        assert warned in said if benchmarks else said == ""
+    gone = began[""]
+    assert gone is not None
+    gone.unlink()
+    problem_files.check(run, recipe, files(one))
+    gone.unlink()
+    with pytest.raises(UserError, match="others than when") as refused:
+        problem_files.check(run, recipe, files(two))
+    assert "with the same eval.benchmarks it is made again" in str(refused.value.hint)
+    run.unlock()
 
 
 def test_summary_counts_by_benchmark() -> None:

@@ -20,6 +20,7 @@ import configs
 import psutil
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_workers_common import TOKEN, FakeHub, hub
@@ -90,6 +91,15 @@ def process(config: EngineConfig) -> Iterator[subprocess.Popen[str]]:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()
+
+
+def ended(config: EngineConfig) -> tuple[int, str]:
+    """(exit code, output) of the same process, forked from one that has imported what it needs."""
+    path = config.run_dir / "engine0.json"
+    path.write_text(config.model_dump_json())
+    (config.run_dir / "config").mkdir(exist_ok=True)
+    done = warm.run(["-m", "astracli.engines.sglang.server", str(path)], timeout=60)
+    return done.returncode, done.stdout + done.stderr
 
 
 def until(ready: Any, limit_s: float = 30.0) -> None:
@@ -191,15 +201,14 @@ def test_a_server_that_fails_ends_the_process_with_its_reason(
     if mode == "mute":
         launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 2.0})
         config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"launch": launch})})
-    with process(config) as watcher:
-        output, _ = watcher.communicate(timeout=60)
-    assert watcher.returncode == 1
+    code, output = ended(config)
+    assert code == 1
     assert f"error: engine0 {words}" in output
     assert hint in output.rpartition("hint: ")[2]
 
 
 def test_a_killed_watcher_takes_its_server_along(tmp_path: Path, hub: FakeHub) -> None:
-    with process(engine_config(tmp_path, hub)) as watcher:
+    with process(engine_config(tmp_path, hub, "idle")) as watcher:
         until(lambda: is_ready(hub))
         server = server_of(watcher)
         watcher.kill()
@@ -211,9 +220,8 @@ def test_an_environment_without_sglang_is_named(tmp_path: Path, hub: FakeHub) ->
     engine = config.recipe.resources.engine.model_copy(update={"env": {"PYTHONPATH": str(tmp_path)}})
     resources = config.recipe.resources.model_copy(update={"engine": engine})
     config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"resources": resources})})
-    with process(config) as watcher:
-        output, _ = watcher.communicate(timeout=60)
-    assert watcher.returncode == 1
+    code, output = ended(config)
+    assert code == 1
     assert f"the engine's environment (`{sys.executable}`) lacks sglang" in output
 
 

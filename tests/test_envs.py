@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hub_tools import in_file
@@ -59,6 +61,28 @@ class Raises(Env):
         raise OSError(f"the game of {problem.question} is gone")
 
 
+class Long(SingleTurnEnv):
+    """Lasts four times as long as a lease that nobody renews."""
+
+    begun: ClassVar[Counter[str]] = Counter()
+
+    async def run(self, problem: Problem, policy: Policy) -> Episode:
+        Long.begun[problem.id] += 1
+        await asyncio.sleep(2.4)
+        return await super().run(problem, policy)
+
+
+class Talks(SingleTurnEnv):
+    """Asks back by a template that cannot be rendered in parts."""
+
+    async def run(self, problem: Problem, policy: Policy) -> Episode:
+        episode = await super().run(problem, policy)
+        self.tokenizer.chat_template = "{{ messages | length }}"
+        self.tokenizer.apply_chat_template = lambda turns, **_: str(len(turns)) + str(turns[-1]["content"])
+        self.say(episode, "sure?")
+        return episode
+
+
 class BadScore(SingleTurnEnv):
     async def score(self, group: Sequence[Episode], problem: Problem) -> list[Score | float]:
         return [1.0]
@@ -100,7 +124,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_a_name_a_path_and_what_is_neither() -> None:
     assert registry.find("single_turn") is SingleTurnEnv and registry.find(f"{HERE}:Halves") is Halves
     for name, words in {
-        "single_tern": "no environment `single_tern` is installed (there is: single_turn); did you mean `single_turn`?",
+        "single_tern": "no environment `single_tern` is installed (there is: single_turn, tools); did you mean "
+        "`single_turn`?",
         f"{HERE}:Nobody": "`test_envs` has no `Nobody`",
         f"{HERE}:LENGTH": "is no subclass of `astracli.envs.contract.Env`",
         "no_such_module:Env": "importing `no_such_module` failed: ModuleNotFoundError",
@@ -205,6 +230,31 @@ def test_an_episode_that_hangs_ends_alone(world: World, capfd: pytest.CaptureFix
     said = capfd.readouterr().err
     assert said.count(f"{TooLong.__name__}: it took more than rollout.env_timeout_s = 2 s outside of generation") == 2
     assert "await asyncio.Event().wait()" in said and "time.sleep(3600)" in said, "where each of them hung"
+
+
+def test_a_lease_lives_as_long_as_its_episodes(tmp_path: Path) -> None:
+    world = World(tmp_path, {"drop_equal_groups": False, "lease_timeout_s": 0.6}, step_s=0.002)
+    got: list[Group] = []
+
+    async def scenario() -> None:
+        got.extend(await world.batch(0))
+
+    try:
+        asyncio.run(world.play(scenario, rollout={"env": f"{HERE}:Long"}, launch={"lease_timeout_s": 0.6}))
+    finally:
+        world.close()
+    assert len(got) == 4 and all(len(group.samples) == 4 for group in got)
+    assert {Long.begun[group.problem_id] for group in got} == {4}, "no prompt was given out again"
+
+
+def test_a_template_that_an_environment_cannot_talk_by_ends_the_run_with_the_reason(world: World) -> None:
+    async def scenario() -> None:
+        await asyncio.sleep(60)
+
+    with pytest.raises(ExceptionGroup) as ended:
+        asyncio.run(world.play(scenario, rollout={"env": f"{HERE}:Talks"}))
+    (failure,) = ended.value.exceptions
+    assert isinstance(failure, UserError) and "cannot be rendered in parts" in failure.message
 
 
 def test_waiting_for_the_engine_is_not_the_environments_time(world: World) -> None:

@@ -86,13 +86,21 @@ def test_time_sharing_is_refused_where_nothing_is_shared(options: list[str]) -> 
     assert done.returncode == 2 and "--time-sharing needs GPUs that engine and trainer share" in done.stderr
 
 
-def test_the_whole_loop_at_tiny_shape(tmp_path: Path) -> None:
+def test_the_whole_loop_at_tiny_shape(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`bench/loop/full_size.py` with the embedded engine: every figure is there, and they add up."""
-    command = [str(BENCH / "loop" / "full_size.py"), "--json"]
-    command += ["--shape", "tiny", "--device", "cpu", "--steps", "5", "--skip", "2", "--folder", str(tmp_path)]
-    done = warm.run(command)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
+    import shared  # type: ignore[import-not-found]
+    from loop import full_size  # type: ignore[import-not-found]
+
+    options = ["--shape", "tiny", "--device", "cpu", "--steps", "5", "--skip", "2", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["full_size.py", "--json", *options])
+    monkeypatch.setattr(shared, "start", warm.bench_start)
+    with pytest.raises(SystemExit) as end:
+        full_size.main()
+    said = capsys.readouterr()
+    assert end.value.code == 0, said.err[-3000:]
+    result = json.loads(said.out)
     assert (result["steps"], result["restarts"], result["resyncs"]) == (5, 0, 0)
     phases = result["phases_s"]
     step = phases.pop("step")

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 from children import children
 from launch_tools import INPUTS, plan_of, tiny
 from rich.console import Console
@@ -34,6 +35,13 @@ from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-ins of a job that runs in this process need not import what they need, each of them."""
+    monkeypatch.setattr("astracli.launch.job.Forks", lambda *_: warm.WarmForks())
+
 
 WORKER = """
 import json, sys, time
@@ -232,14 +240,30 @@ def test_a_terminal_that_is_gone_takes_no_run_with_it(tmp_path: Path, monkeypatc
     assert job_with(tmp_path, DONE).run() == 0
 
 
-def test_a_failure_keeps_its_words_when_its_end_cannot_be_shown(
+NAN = """steps = [(0, 0.5, 1.25, 2.0), (1, 0.1, 900.0, 0.01)]
+    names = ("step", "arrived_reward_mean", "grad_norm", "entropy")
+    hub.metrics([{"process": "trainer", "lr": 0.5, **dict(zip(names, step))} for step in steps])
+    raise RunFailed("the model produces NaN at weight version 2", "see grad_norm in the metrics")"""
+
+
+def test_weights_that_are_no_numbers_end_a_run_with_its_last_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Said by whoever notices; in these words too when the end cannot be shown."""
     monkeypatch.setattr(summary, "build", lambda *_, **__: int(None))  # type: ignore[call-overload]
     monkeypatch.setattr(metrics, "open_sinks", lambda *_: [BrokenSink("close")])
-    job = job_with(tmp_path, 'raise RunFailed("the gradient is not finite")')
-    with pytest.raises(RunFailed, match="`trainer` ended with exit code 1"):
-        job.run()
+    with pytest.raises(RunFailed) as failure:
+        job_with(tmp_path, NAN, train__learning_rate=0.5).run()
+    first, *rest = failure.value.message.splitlines()
+    assert first.startswith("`trainer` ended with exit code 1")
+    assert "error: the model produces NaN at weight version 2" in rest[0]
+    assert rest[-4:] == [
+        "  reward: step 0 0.5, step 1 0.1",
+        "  entropy: step 0 2, step 1 0.01",
+        "  gradient norm: step 0 1.25, step 1 900",
+        "  learning rate: step 0 0.5, step 1 0.5",
+    ]
+    assert str(failure.value.hint).startswith("lower train.learning_rate (0.5) in a new run; ")
 
 
 def test_the_terminal_is_given_back_when_no_process_could_be_started(

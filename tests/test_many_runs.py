@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_the_newest_reward_is_read_from_the_end_of_the_file(tmp_path: Path) -> N
     nothing = {"step": 1000, "process": "trainer", "arrived_groups": 0, "arrived_reward_mean": 7.0, "reward_mean": 0.5}
     with run.metrics_jsonl.open("a") as file:
         file.write(json.dumps(nothing) + "\n")
-    assert many_runs.newest_reward(run) == pytest.approx(0.95), "of a step in which no group came in, what it trained"
+    assert many_runs.newest_reward(run) == 1.0, "a step in which no group came in has none"
 
 
 def test_many_differences_are_cut_and_counted() -> None:
@@ -105,6 +106,60 @@ def test_compare_plots_a_metric_and_says_what_it_cannot_test(astra: Astra, three
     assert ran.code == 2 and "hint: did you mean reward_mean" in ran.err
     ran = astra("runs", "compare", "low")
     assert ran.code == 2 and "a comparison takes two runs or more" in ran.err
+
+
+def test_scores_compare_on_the_benchmarks_that_all_runs_have(astra: Astra, three: Path) -> None:
+    """`low` has the benchmark `c` too, and then `high` as well, beside a third one; RUN@STEP is that step's score."""
+
+    def add(run: str, name: str, *scores: float) -> None:
+        table = three / run / "eval" / "eval.csv"
+        rows = "".join(f"{10 * i},0,{name},10,1,{score},0.03,1,0,0\n" for i, score in enumerate(scores))
+        table.write_text(table.read_text() + rows)
+
+    def scores() -> list[tuple[float, ...]]:
+        found = json.loads(astra("runs", "compare", "low@10", "high", "--json").out)["runs"]
+        return [tuple(row["score"][key] for key in ("step", "avg_at_n", "stderr")) for row in found]
+
+    add("low", "c", 0.5, 0.6, 0.9)
+    assert scores() == [(10, 0.2, 0.05), (20, 0.9, 0.05)]
+    ran = astra("runs", "compare", "low@10", "high")
+    assert "scores are those on b, which all of these runs were evaluated on" in ran.err
+    assert " ".join(ran.out.splitlines()[1].split()).startswith("A low@10 done 40 0.100 ± 0.050 0.200 ± 0.050 10 0.25 ")
+    add("high", "c", 0.5, 0.7)
+    for run, name in (("high", "d"), ("low", "e")):
+        add(run, name, 1.0, 1.0, 1.0)
+    mean = 0.5 * (0.05**2 + 0.03**2) ** 0.5
+    assert scores() == [(10, pytest.approx(0.4), pytest.approx(mean)), (10, pytest.approx(0.55), pytest.approx(mean))]
+    table = three / "low" / "eval" / "eval.csv"
+    table.write_text(table.read_text().replace(",b,", ",x,").replace(",c,", ",y,"))
+    assert "their scores do not compare" in astra("runs", "compare", "low", "high").err
+    ran = astra("eval", "--compare", "low@best", "high")
+    assert ran.code == 2 and "keeps no best checkpoint" in ran.err
+
+
+def test_scores_by_other_graders_are_said_not_to_mean_the_same(astra: Astra, three: Path) -> None:
+    for name, grader in (("low", "math"), ("high", "mine:short")):
+        table = three / name / "eval" / "eval.csv"
+        head, *rows = table.read_text().splitlines()
+        table.write_text("\n".join([f"{head},grader", *(f"{row},{grader}" for row in rows)]) + "\n")
+    said = astra("runs", "compare", "low", "high", "same").err
+    assert "warning: `b` was not graded alike (A by math, B by mine:short): its scores do not mean the same" in said
+    assert "graded alike" not in astra("runs", "compare", "low", "same").err
+    assert "evaluation  step 20: b (math) avg@1 0.300" in astra("runs", "status", "low").out
+
+
+def test_tables_fit_a_terminal_of_80_columns(astra: Astra, three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    commands = (
+        ("runs", "list"), ("runs", "compare", "low", "high", "same"), ("eval", "--compare", "low", "high", "same"),
+        ("eval", "--compare", "low", "high"), ("runs", "status", "low"), ("recipes", "list"),
+        ("train", TINY, "--dry-run"),
+    )  # fmt: skip
+    for command in commands:
+        ran = astra(*command)
+        assert ran.code == 0 and len(ran.out.splitlines()) > 1, command
+        assert max(ran.out.splitlines(), key=len)[80:] == "", command
 
 
 def test_eval_compare_takes_as_many_as_are_given(astra: Astra, three: Path) -> None:

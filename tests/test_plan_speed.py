@@ -54,6 +54,18 @@ def test_seconds_by_hand() -> None:
     assert TrainerLoad(without, SHAPE, 1, pace).step_seconds(Split("host")) == pytest.approx(passes)
 
 
+def test_loads_are_equal_where_a_trainer_sees_no_difference() -> None:
+    """What the splits of one need is remembered for all that are equal."""
+    first = TrainerLoad(load(NAME), SHAPE, 1)
+    for same in ("resources.rollout_gpus=1", "rollout.max_running_requests=4", "rollout.sglang.chunked_prefill_size=9"):
+        assert TrainerLoad(load(NAME, same), SHAPE, 1) == first and load(NAME, same) != load(NAME)
+    for other in ("train.tokens_per_microbatch=9999", "algorithm.kl_coef=0", "rollout.context_length=9000"):
+        changed = TrainerLoad(load(NAME, other), SHAPE, 1)
+        assert changed != first
+        assert plan_split.trainer_needs(changed, Split()) != plan_split.trainer_needs(first, Split()) or "kl" in other
+    assert first != TrainerLoad(load(NAME), SHAPE, 2) and first != TrainerLoad(load(NAME), SHAPE, 1, Pace(1.0, 1.0))
+
+
 def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     """16,101, 14,740 and 13,206 tokens/s on one H200 held to 80 GB, without a reference: docs/benchmarks.md."""
     asked = load(NAME, "algorithm.kl_coef=0")

@@ -12,10 +12,11 @@ from training_tools import recipe
 
 from astracli.data.prompts import Problem
 from astracli.engines.contract import GenRequest, GenResult
+from astracli.envs.attempt import Failure
 from astracli.envs.contract import Env, EnvSetup, Episode, Policy, Score, Turn
 from astracli.envs.single_turn import SingleTurnEnv
 from astracli.rl.schedule import sample_seed
-from astracli.rollout.episodes import Failure, play
+from astracli.rollout.episodes import play
 from astracli.rollout.groups import group_of, prompt_length, segments
 from astracli.rollout.policy import RolloutSampling
 

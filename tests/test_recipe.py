@@ -71,9 +71,9 @@ def checked(**tables: dict[str, Any]) -> Recipe:
             "recipe `r`: `launch.deterministic` = 1 is not allowed: it takes true or false",
         ),
         (
-            {"data": {"levels": ["add2", "mul2"]}},
-            'recipe `r`: `data.levels[1]` = "mul2" is not allowed: it takes `add2` or `sub2` or `add3` or `sub3` '
-            "or `steps2` or `steps3` or `steps4`",
+            {"data": {"levels": ["add2", "div2"]}},
+            'recipe `r`: `data.levels[1]` = "div2" is not allowed: it takes `add2` or `sub2` or `add3` or `sub3` '
+            "or `steps2` or `steps3` or `steps4` or `mul2` or `mul3`",
         ),
     ],
 )

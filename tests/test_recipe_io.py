@@ -17,7 +17,19 @@ TINY = "qwen3.5-tiny-m2po-delta"
 MATH = ["qwen3.5-4b-m2po-full", "qwen3.5-4b-m2po-delta", "qwen3.5-0.8b-m2po-delta", "qwen3-1.7b-m2po-delta"]
 QWEN2 = ["qwen2.5-0.5b-gsm8k-m2po-delta", "qwen2.5-1.5b-math-m2po-delta"]
 SMALL = ["qwen3.5-small-m2po-delta", "smollm2-135m-m2po-delta"]
-SHIPPED = sorted([*MATH, *QWEN2, *SMALL, "qwen3.5-tiny-m2po-full", TINY, "llama3-8b-instruct-m2po-delta"])
+LORA = ["tiny-lora-m2po-delta", "qwen3.5-0.8b-lora", "qwen3.5-4b-lora-24gb", "qwen2.5-0.5b-gsm8k-lora"]
+SHIPPED = sorted(
+    [
+        *MATH,
+        *QWEN2,
+        *SMALL,
+        "qwen3.5-tiny-m2po-full",
+        TINY,
+        "tiny-tool-m2po-delta",
+        *LORA,
+        "llama3-8b-instruct-m2po-delta",
+    ]
+)
 
 
 def refused(name: str, *overrides: str) -> UserError:
@@ -41,7 +53,8 @@ def test_shipped_names_and_descriptions() -> None:
 def test_shipped_recipes_load_under_their_own_name(name: str) -> None:
     recipe = recipe_io.load(name)
     assert recipe.name == name
-    assert recipe.weights.transfer == name.rpartition("-")[2]
+    assert recipe.weights.transfer == ("adapter" if name in LORA[1:] else name.rpartition("-")[2])
+    assert (recipe.lora is not None) == (name in LORA)
     assert tomllib.loads(recipe_io.to_toml(recipe))["train"]["steps"] == recipe.train.steps
 
 
@@ -181,7 +194,7 @@ def test_later_overrides_win() -> None:
         ),
         (
             "weights.transfer=delt",
-            f'recipe `{TINY}`: `weights.transfer` = "delt" is not allowed: it takes `full` or `delta`',
+            f'recipe `{TINY}`: `weights.transfer` = "delt" is not allowed: it takes `full` or `delta` or `adapter`',
             "`astra recipes show NAME` prints every key of a recipe with its value",
         ),
         (

@@ -182,6 +182,9 @@ def test_too_many_and_too_long_samples_are_spread_and_clipped(tmp_path: Path) ->
     assert found["vocabulary"][found["tokens"][0][-1]] == "4999" and found["logprobs"][0][-1] == 500
     told = report_samples.columns([sample(0, 0, tokens=[5, 6], logprobs=[None, -1.0])], 1, str)
     assert told["logprobs"] == [[None, 100]], "a token that the policy did not draw has none"
+    logs = {"parts": {"exact": 1.0, "short": 0.25}, "notes": {"read": "7", "why": "<b>"}}
+    found = report_samples.columns([sample(0, 0, **logs), sample(0, 1)], 2, str)
+    assert [found["texts"][place] for place in found["logged"]] == ["exact 1, short 0.25\nread: 7\nwhy: <b>", None]
     small = report_samples.packed(run, str, budget=2000)
     assert len(base64.b64decode(small)) <= 2000 and json.loads(gzip.decompress(base64.b64decode(small)))["total"] == 506
 

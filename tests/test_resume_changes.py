@@ -31,6 +31,27 @@ def test_resume_takes_what_the_stored_state_allows_and_says_what_changed(tmp_pat
     assert recipe_changes.resumed_recipe(tiny(), stored) == (own, {})
 
 
+def test_a_hint_before_a_run_goes_on_recommends_nothing_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check of the start finds a fault in a file that was changed since the run began, and names a key."""
+    stored = stored_run(tmp_path, tiny())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("no question", "name the right one with data.question_field")
+
+    monkeypatch.setattr("astracli.launch.inputs.check_setting", lambda *_: None)
+    monkeypatch.setattr("astracli.data.benchmarks.fetch_all", lambda *_: {})
+    monkeypatch.setattr("astracli.data.datasets.fetch", refuse)
+    for _ in range(2):  # a refusal leaves the run free
+        with pytest.raises(UserError, match="no question") as refused:
+            run.train(tiny(), resume=stored.path)
+    assert refused.value.hint == (
+        "name the right one with data.question_field; another value of `data.question_field` takes a new run, --resume "
+        f"refuses it: `astra train --recipe {tmp_path}/recipe.json --set data.question_field=...`"
+    )
+
+
 def test_resume_refuses_the_rest_with_a_reason_for_each_and_a_way(tmp_path: Path) -> None:
     stored = stored_run(tmp_path, tiny())
     with pytest.raises(UserError, match="`seed` may not change") as refused:

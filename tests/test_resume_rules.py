@@ -18,6 +18,8 @@ FAILS = {"RunFailed": 1, "MayPass": 1, "EngineLost": 1, "FailureHint": 2, "_know
 """What makes an error of a run that has started, and which of its arguments is the hint."""
 DIAGNOSES = ("report/no_signal.py",)
 """Files whose every text may become a hint of a run that has failed."""
+ADVICE = ("report/alerts.py", "report/bottleneck.py")
+"""Files whose texts say what to change in a run that goes on, or that is done and may go on."""
 
 
 def leaves() -> list[str]:
@@ -124,6 +126,16 @@ def test_no_hint_of_a_failed_run_recommends_what_a_resume_refuses(weights: bool)
         sets = " ".join(f"--set {key}=..." for key in fixed)
         assert str(said).endswith(f"takes a new run, --resume refuses it: `astra train {begin} {sets}`"), file
         assert not any(re.search(rf"--resume [^;]*--set {key}", hint) for key in fixed), file
+
+
+def test_advice_on_a_run_that_may_go_on_says_what_takes_a_new_one() -> None:
+    named = set()
+    for file in ADVICE:
+        for text in strings(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
+            fixed = [key for key in keys_in(text) if refusal(key) is not None]
+            named |= set(fixed)
+            assert not fixed or "in a new run" in text, (file, text)
+    assert named == {"algorithm.kl_coef", "train.batch_groups"}
 
 
 def test_a_hint_that_a_worker_gave_is_completed_too() -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from astracli.errors import UserError
-from astracli.rewards import scores
+from astracli.rewards import scores, trl
 from astracli.rewards.binding import Binding, bind
 from astracli.rewards.types import GradeItem, NoScoreError
 
@@ -73,7 +74,8 @@ def test_short_names_in_this_order_are_taken_by_position(names: str) -> None:
         (lambda completions, ground_truth: 1, "of the data (columns: `problem`, `solution`, `level`", ""),
         (lambda solution_str, truth: 1, "the parameter `truth`", "data_source, solution_str, ground_truth, extra_info"),
         (lambda solution_strs, level: 1, "the parameter `level`", "solution_strs"),
-        (lambda completions, trainer_state: 1, "the parameter `trainer_state`", ""),
+        (lambda completions, trainer_state: 1, "the parameter `trainer_state`: the state of", "trainer_state=None"),
+        (lambda environments, **rest: 1, "the parameter `environments`: TRL's environments", "rollout.env"),
         (lambda completion, other, /: 1, "parameters without names", "leave the `/` out"),
     ],
 )  # fmt: skip
@@ -100,7 +102,9 @@ def test_trl() -> None:
     assert binding.style == "trl" and binding.grouped and binding.sees_group
     returned = binding.call(GROUP)
     assert seen["prompts"] == ["1+1"] * 3 and seen["completions"] == ["2", "two", "3"] and seen["solution"] == ["2"] * 3
-    assert seen["columns"]["level"] == [3, 3, 3] and seen["columns"]["completions_ids"] == [[5, 1], [5, 3], [5, 1]]
+    assert seen["columns"]["level"] == [3, 3, 3]
+    assert seen["columns"]["completion_ids"] == seen["columns"]["completions_ids"] == [[5, 1], [5, 3], [5, 1]]
+    assert callable(seen["columns"]["log_metric"]) and callable(seen["columns"]["log_extra"])
     assert [(s.reward, s.state) for s in scores.many(binding, returned, 3)] == [
         (1, "scored"),
         (0, "absent"),
@@ -110,6 +114,46 @@ def test_trl() -> None:
     assert seen["prompts"] == [[dict(t) for t in TURNS]] * 2
     assert seen["completions"] == [[{"role": "assistant", "content": "2"}], [{"role": "assistant", "content": "3"}]]
     assert "prompt" not in seen["columns"], "TRL does not hand the column of the prompt over"
+
+
+@pytest.mark.parametrize("names", ["completion_ids, **rest", "completions, trainer_state=None, log_metric=None"])
+def test_trl_is_known_by_its_names(names: str) -> None:
+    binding = bound(eval(f"lambda {names}: ({names.split(',')[0]})"))
+    assert binding.style == "trl" and len(binding.call(GROUP)) == 3
+
+
+def test_turns_that_a_csv_file_holds_as_text_are_turns() -> None:
+    text = '[{"role": "user", "content": "1+1"}]'
+    for column, asked in (("messages", ()), ("talk", ("talk",)), ("talk", ())):
+        items = [GradeItem("1+1", "2", "3", None, TURNS, {column: text})]
+        binding = bind("m:f", lambda completions: completions, [column], "the data", asked)
+        chat = column == "messages" or bool(asked)
+        assert binding.call(items) == [[{"role": "assistant", "content": "3"}] if chat else "3"]
+    assert not trl.is_chat(GradeItem("", "", "", row={"prompt": "[a list, [", "messages": ["text"]}))
+
+
+def test_trl_logs_figures_of_the_group_and_columns_of_its_samples() -> None:
+    def reward(completions, log_extra, log_metric):  # type: ignore[no-untyped-def]
+        log_metric("half/right", 0.5)
+        log_metric("half/right", 1.0)
+        log_extra("read", [f"<{text}>" for text in completions])
+        log_extra("length", [len(text) for text in completions])
+        log_extra("nothing", [None] * len(completions))
+        return [{"reward": 1.0, "own": 2.0}, None, 0.5]
+
+    log = trl.Log(3)
+    found = scores.many(bound(reward), bound(reward).call(GROUP, log=log), 3, log)
+    assert [s.logged for s in found] == [
+        {"own": 2.0, "half/right": 0.75, "length": 1.0},
+        {"half/right": 0.75, "length": 3.0},
+        {"half/right": 0.75, "length": 1.0},
+    ]
+    assert [s.notes for s in found] == [{"read": "<2>"}, {"read": "<two>"}, {"read": "<3>"}]
+    assert [(s.reward, s.state) for s in found] == [(1.0, "scored"), (0.0, "absent"), (0.5, "scored")]
+    with pytest.raises(ValueError, match="one value a completion: `read` has 2 for 3"):
+        log.extra("read", ["a", "b"])
+    with pytest.raises(TypeError, match="takes a number, and `x` is a str"):
+        log.metric("x", "much")  # type: ignore[arg-type]
 
 
 def test_trl_gets_the_column_and_else_the_answer() -> None:
@@ -147,16 +191,23 @@ def test_async_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "returned, reward, logged",
+    "returned, reward, logged, notes",
     [
-        (1, 1.0, {}),
-        (True, 1.0, {}),
-        ({"reward": 0.5, "words": 3, "ok": True, "note": "text", "nan": float("nan")}, 0.5, {"words": 3.0, "ok": 1.0}),
+        (1, 1.0, {}, {}),
+        (True, 1.0, {}, {}),
+        (np.float32(0.25), 0.25, {}, {}),
+        ({"reward": 0.5, "words": 3, "ok": True, "nan": float("nan"), "x": None}, 0.5, {"words": 3.0, "ok": 1.0}, {}),
+        (
+            {"reward": 0.5, "why": "no box", "read": [1, "2"], "long": "x" * 5000, "n" * 200: np.float64(2)},
+            0.5,
+            {"n" * 100: 2.0},
+            {"why": "no box", "read": "[1, '2']", "long": "x" * 1000},
+        ),
     ],
 )
-def test_scores(returned: Any, reward: float, logged: Mapping[str, float]) -> None:
+def test_scores(returned: Any, reward: float, logged: Mapping[str, float], notes: Mapping[str, str]) -> None:
     found = scores.one(bound(lambda completion: 1), returned)
-    assert (found.reward, found.state, found.logged) == (reward, "scored", logged)
+    assert (found.reward, found.state, found.logged, found.notes) == (reward, "scored", logged, notes)
 
 
 @pytest.mark.parametrize(

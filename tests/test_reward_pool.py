@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from children import children
 from test_sandbox import alive, ids, needs_linux
@@ -23,6 +24,8 @@ from astracli.errors import RunFailed, UserError
 from astracli.launch.inputs import check_rewards
 from astracli.rewards.grade_process import RewardSetting
 from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards, open_pools, validate_rewards
+from astracli.rl.sample_log import group_line
+from astracli.rl.types import Group, Sample, pack_group, unpack_group
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"
 MODULE = '''
@@ -83,6 +86,26 @@ async def waits(completion):
 async def trl_async(prompts, completions):
     await asyncio.sleep(0)
     return [float(p == c) for p, c in zip(prompts, completions)]
+
+def logs(prompts, completions, log_extra=None, log_metric=None, **columns):
+    log_metric("mean", sum(map(len, completions)) / len(completions))
+    log_extra("said", ["\x1b[31m" + c for c in completions])
+    return [float(len(c)) for c in completions]
+
+async def logs_async(completions, log_metric):
+    await asyncio.sleep(0)
+    log_metric("n", len(completions))
+    return [1.0] * len(completions)
+
+def many_processes(completion):
+    import multiprocessing, subprocess
+    from concurrent.futures import ThreadPoolExecutor
+    with multiprocessing.get_context("fork").Pool(2) as pool, ThreadPoolExecutor(2) as threads:
+        half = sum(pool.map(abs, [-0.125, -0.125])) + sum(threads.map(abs, [-0.125, -0.125]))
+    said = subprocess.run([sys.executable, "-c", "print(0.25)"], capture_output=True, text=True).stdout
+    print("x" * 100_000)
+    os.write(1, b"raw" * 1000)
+    return half + float(said) if sys.stdin.read() == "" else 0.0
 
 def noise(completion):
     for fd in range(3, 1024):
@@ -150,6 +173,37 @@ def test_one_reward_is_right_at_its_maximum(mine: None) -> None:
         setting = RewardSetting("mine:length", maximum=maximum)
         found = grades(setting, texts=("a", "abc"))
         assert [g.verdict for g in found] == verdicts and found[0].parts == {"even": 0.0}
+
+
+def test_a_reward_over_its_maximum_is_told_once(mine: None) -> None:
+    """`length` declares no maximum, so 1 is assumed: any answer of two letters would count as right."""
+    told: list[str] = []
+    grades(RewardSetting("mine:length"), texts=("a", "abc", "abcd"), on_excess=told.append)
+    assert len(told) == 1 and told[0].startswith("reward `mine:length` gave 3, and its maximum is 1, from which on")
+    grades(RewardSetting("mine:length", maximum=4.0), texts=("abcd",), on_excess=told.append)
+    grades(RewardSetting("mine:length"), texts=("abcd",), right_at=2.0, on_excess=told.append)
+    assert len(told) == 1
+
+
+def test_what_a_reward_logs_comes_with_its_samples(mine: None) -> None:
+    settings = (RewardSetting("mine:logs", "length"), RewardSetting("mine:logs_async", "other"))
+    found = grades(*settings, texts=("a", "abc"))
+    assert [g.parts for g in found] == [
+        {"length": n, "length/mean": 2.0, "other": 1.0, "other/n": 2.0} for n in (1.0, 3.0)
+    ]
+    assert [g.notes for g in found] == [{"length/said": "\\x1b[31ma"}, {"length/said": "\\x1b[31mabc"}]
+    (alone,) = grades(RewardSetting("mine:logs"), texts=("ab",))
+    sample = Sample(0, [], "stop", alone.reward, alone.verdict, "ab", dict(alone.parts), dict(alone.notes))
+    group = unpack_group(pack_group(Group(1, "p", np.zeros(1, np.int32), [sample])))
+    line = group_line(group, group.samples[0])
+    assert (line["parts"], line["notes"]) == ({"mean": 2.0}, {"said": "\\x1b[31mab"})
+
+
+def test_a_reward_may_start_processes_and_threads_and_print(mine: None) -> None:
+    (found,) = grades(RewardSetting("mine:many_processes", timeout_s=30.0), texts=("a",))
+    assert (found.reward, found.verdict, found.detail) == (0.75, "wrong", ""), "a number under its maximum, no error"
+    (found,) = grades(RewardSetting("mine:many_processes", timeout_s=30.0), texts=("a",), right_at=0.75)
+    assert found.verdict == "right"
 
 
 def test_a_class_is_made_once_a_process_and_declares_its_maximum(mine: None) -> None:
@@ -282,7 +336,7 @@ def test_memory_of_a_reward_is_bounded(mine: None) -> None:
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of docs/rewards.md as modules of the working directory."""
     blocks = re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == PAGE.read_text(encoding="utf-8").count("```python") == 6
+    assert len(blocks) == PAGE.read_text(encoding="utf-8").count("```python") == 7
     for name, text in blocks:
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -336,7 +390,7 @@ def test_the_judge_of_the_page_asks_a_server(page: None, judge: None) -> None:
     assert "500 Internal Server Error" in found[2].detail
 
 
-def test_the_rewards_of_a_recipe() -> None:
+def test_the_rewards_of_a_recipe(page: None) -> None:
     toml = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
     import tomllib
 
@@ -347,6 +401,10 @@ def test_the_rewards_of_a_recipe() -> None:
         ("math", "correct", 1.0), ("style:polite", "polite", 0.2), ("style:words", "words", 0.0),
     ]  # fmt: skip
     assert {(each.timeout_s, each.memory_bytes) for each in found.each} == {(7.0, 1 << 29)}
+    with GradePool(rewards=Rewards.of(data.model_copy(update={"reward_memory_gib": None}))) as pool:
+        polite, rude = pool.grade(items(r"please, \boxed{2}", r"\boxed{2}"))
+    assert (polite.reward, polite.verdict, rude.reward, rude.verdict) == (1.2, "right", 1.0, "wrong")
+    assert polite.parts == {"correct": 1.0, "polite": 1.0, "words": 2.0}
     (alone,) = Rewards.of(DataTable(source="arithmetic", reward="number")).each
     assert (alone.spec, alone.name) == ("number", "") and DataTable(source="arithmetic").by("code").grader == "code"
 

@@ -22,7 +22,7 @@ from astracli.data.rows import GROUPS, ParquetRows, open_rows
 from astracli.data.text_rows import JsonlRows
 from astracli.errors import UserError
 from astracli.hub.store import HubStore
-from astracli.launch import inputs
+from astracli.launch import problem_files
 from astracli.rl.types import Group, Sample, Segment, pack_group
 from astracli.runs import find as runs
 
@@ -172,12 +172,12 @@ def test_a_resume_refuses_other_problems(tmp_path: Path) -> None:
     rows = made(5)
     recipe: Any = SimpleNamespace(data=DataTable(source=str(jsonl(tmp_path, rows))))
     run = runs.create("r", tmp_path / "run")
-    inputs.pin_problems(run, recipe, {"": Path(recipe.data.source)})
+    problem_files.pin(run, recipe, {"": Path(recipe.data.source)})
     assert json.loads((run.path / "data.json").read_text())["rows"] == 5
     jsonl(tmp_path, [row | {"answer": "mended"} for row in rows])
-    inputs.pin_problems(run, recipe, {"": Path(recipe.data.source)})  # the same questions in the same order
+    problem_files.check(run, recipe, {"": Path(recipe.data.source)})  # the same questions in the same order
     jsonl(tmp_path, rows[::-1])
     with pytest.raises(UserError, match=r"others than when .* began: 5 rows of .* then, 5 of") as caught:
-        inputs.pin_problems(run, recipe, {"": Path(recipe.data.source)})
+        problem_files.check(run, recipe, {"": Path(recipe.data.source)})
     assert "put the old file back" in str(caught.value.hint)
     run.unlock()

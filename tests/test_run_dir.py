@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from astracli.errors import UserError
+from astracli.process.atomic import write_atomic
 from astracli.report import run_files
 from astracli.runs import find as runs
-from astracli.runs import run_dir
 from astracli.runs.run_dir import RunDir
 
 HOLDER = (
@@ -156,7 +156,7 @@ def test_newest_is_the_one_that_started_last(tmp_path: Path) -> None:
 
 
 def test_write_atomic_keeps_the_mode_and_leaves_nothing(tmp_path: Path) -> None:
-    run_dir.write_atomic(tmp_path / "x.json", json.dumps({"a": 1}), mode=0o600)
+    write_atomic(tmp_path / "x.json", json.dumps({"a": 1}), mode=0o600)
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

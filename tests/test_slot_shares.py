@@ -1,4 +1,4 @@
-"""Slots of an engine: requests that wait for one, refills in bursts, and two users who never hold more than there are."""
+"""Slots of an engine: requests that wait for one, refills in bursts, two users who never hold more than there are."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ import asyncio
 import json
 import random
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Request
 from astracli.engines.sglang.client import SglangClient
 from astracli.engines.stops import StopStrings
+from astracli.errors import RunFailed
 
 PIECES = ["a", "b", "ab", "ba", "", "c", "\n"]
 
@@ -64,17 +66,19 @@ def test_a_result_is_cut_with_what_was_drawn_before(known: int) -> None:
     assert StopStrings(("xx",), Pieces()).ended(drawn[:known], result) is result
 
 
-def answer(tokens: list[int]) -> dict[str, Any]:
-    meta = {"finish_reason": {"type": "length"}, "weight_version": "0", "id": "r"}
+def answer(tokens: list[int], **finish: str) -> dict[str, Any]:
+    meta = {"finish_reason": {"type": "length"} | finish, "weight_version": "0", "id": "r"}
     return {"output_ids": tokens, "index": 0, "meta_info": meta | {"output_token_logprobs": [[-0.5] for _ in tokens]}}
 
 
-class Unstopped(BaseHTTPRequestHandler):
-    """An engine that knows no stop strings: two answers of four tokens."""
+class Answers(BaseHTTPRequestHandler):
+    """An engine with these answers to whatever it is asked."""
+
+    answers: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        said = json.dumps([answer([3, 3, 6, 0])] * 2).encode()
+        said = json.dumps(self.answers).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(said)))
@@ -85,22 +89,60 @@ class Unstopped(BaseHTTPRequestHandler):
         pass
 
 
+def asked(client: Callable[[str], EngineClient], requests: list[GenRequest], *answers: Any) -> list[GenResult]:
+    """What a client makes of an engine's answers."""
+
+    async def ask(url: str) -> list[GenResult]:
+        async with client(url) as engine:
+            return await engine.generate(requests)
+
+    kind = type("Handler", (Answers,), {"answers": list(answers)})
+    with HTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            return asyncio.run(ask(f"http://127.0.0.1:{server.server_port}"))
+        finally:
+            server.shutdown()
+
+
 def test_the_client_cuts_for_engines_that_do_not() -> None:
     requests = [
         GenRequest([9, 0, 0], 8, stop=StopStrings(("aba",), Pieces()), draw_offset=2),
         GenRequest([9], 8),
     ]
-
-    async def ask(url: str) -> list[GenResult]:
-        async with EngineClient(url, "t") as client:
-            return await client.generate(requests)
-
-    with HTTPServer(("127.0.0.1", 0), Unstopped) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        first, second = asyncio.run(ask(f"http://127.0.0.1:{server.server_port}"))
-        server.shutdown()
+    first, second = asked(lambda url: EngineClient(url, "t"), requests, *[answer([3, 3, 6, 0])] * 2)
     assert (first.tokens.tolist(), first.finish_reason) == ([3], "stop"), "`aa` was there, `ba` completes `aba`"
     assert (second.tokens.tolist(), second.finish_reason) == ([3, 3, 6, 0], "length")
+
+
+def test_what_sglang_answers(tmp_path: Path) -> None:
+    """As its scheduler does: all tokens that were drawn, the limit looked at before stop tokens and stop strings."""
+
+    def sglang(url: str) -> SglangClient:
+        return SglangClient(url, "t", stage_dir=tmp_path)
+
+    stop = StopStrings(("ba",), Pieces())
+    requests = [GenRequest([9], 3, stop_token_ids=(4, 6), stop=stop) for _ in range(5)]
+    found = asked(
+        sglang,
+        requests,
+        answer([2, 0], type="stop", matched="ba"),
+        answer([1, 0, 5]),  # it looked at too few tokens, and went on to the limit
+        answer([0, 5, 6]),  # a stop token, and the last one allowed
+        answer([0, 5, 5]),
+        answer([0, 5], type="abort"),
+    )
+    assert [(each.tokens.tolist(), each.finish_reason) for each in found] == [
+        ([2, 0], "stop"),
+        ([1, 0], "stop"),
+        ([0, 5, 6], "stop"),
+        ([0, 5, 5], "length"),
+        ([0, 5], "abort"),
+    ]
+    assert [len(each.logprobs) for each in found] == [2, 2, 3, 3, 2]
+    broken = answer([0, 4], type="stop", matched="NaN happened") | {"index": 0}
+    with pytest.raises(RunFailed, match="engine: the model produces NaN at weight version 0"):
+        asked(sglang, requests[:1], broken)
 
 
 def test_what_engines_are_asked(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from astracli.config.recipe import Recipe
 from astracli.hub.types import Counts, EvaluationStatus, HubState
 from astracli.launch import summary
 from astracli.report.live import eval_line
-from astracli.report.summary_table import benchmark_table, print_summary, summary_rows
+from astracli.report.summary_table import benchmark_table, print_summary, result_lines, summary_rows
 
 
 def figures(avg: float, passed: float) -> dict[str, Any]:
@@ -57,6 +57,7 @@ def make_summary(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     records = [
         trainer(step, tokens=1000.0, step_s=2.0, wait_s=0.5, train_s=1.4, full_bytes=2e6,
                 arrived_reward_mean=0.3 + step / 100,
+                **{f"arrived_parts/p{i}": 0.1 * step for i in range(9)}, **{"arrived_reward_mean/sums": 0.5},
                 delta_bytes=4e5, delta_density=0.2, publish_s=0.1, parity_mean_abs=2e-6, parity_max_abs=3e-5,
                 bytes_per_changed=2.0, snapshot_s=0.003, publish_wait_s=0.1)
         for step in range(4)
@@ -158,7 +159,7 @@ def test_one_evaluation_shows_no_difference(tmp_path: Path) -> None:
     (row,) = found["benchmarks"]
     assert (row["first"], row["difference_avg_at_n"]) == (row["last"], None)
     out = io.StringIO()
-    print_summary(found, Console(file=out, width=160))
+    print_summary(found, Console(file=out, width=220))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "benchmark figure step 0" in lines
     assert "arithmetic-heldout avg@8 0.350 ± 0.020" in lines and "pass@4 0.600" in lines
@@ -220,6 +221,9 @@ def test_summary_table(tmp_path: Path) -> None:
     assert "expected measured (two cores, 100 steps)" in lines
     assert "wall time 3 min 26 s: start-up 11 s, training 3 min 08 s, export 2 s, last evaluations 5 s" in lines
     assert "steps 4 of 100, 2.00 s each, the trainer waited 25% of it" in lines
+    assert "reward 0.300 -> 0.330, of all that arrived, first and last step" in lines
+    parts = ", ".join(f"p{i} 0.000 -> 0.300" for i in range(8))
+    assert f"parts of the reward: {parts}, and 1 more" in lines and "sources reward: sums 0.500 -> 0.500" in lines
     assert "tokens 4,000 trained, 500 a second" in lines
     assert (
         "weights full 2 MB, mean delta 400 kB (5.0x smaller), 20.0% of the values change in a version, "
@@ -231,6 +235,33 @@ def test_summary_table(tmp_path: Path) -> None:
     assert "restarts rollout 2" in lines
     found["restarts"] = {}
     assert "restarts" not in dict(summary_rows(found))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_every_figure_is_there_whatever_a_benchmark_and_its_grader_are_called(tmp_path: Path, width: int) -> None:
+    found = make_summary(tmp_path)
+    found["benchmarks"][0]["benchmark"] = "a_long_name_of_a_benchmark_of_my_own"
+    found["benchmarks"][0]["last"]["grader"] = "my.package.module:graded_by_rules + 0.25 brevity + 0.5 politeness"
+    out = io.StringIO()
+    Console(file=out, width=width).print(benchmark_table(found))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    said = " ".join(out.getvalue().split())
+    for figure in ("difference", "0.350 ± 0.020", "0.875 ± 0.020", "+0.525", "0.600", "0.950", "+0.350", "politeness)"):
+        assert figure in said, figure
+
+
+def test_an_evaluation_of_a_long_grader_is_a_paragraph_on_a_narrow_terminal() -> None:
+    figures = {"grader": "accuracy + 0.25 brevity", "items": 30, "n": 4, "avg_at_n": 0.842, "stderr": 0.03, "k": 4}
+    figures |= {"ci95_low": 0.7, "ci95_high": 0.9, "pass_at_k": 1.0, "majority_at": {"4": 0.9}}
+    figures |= {"response_tokens_mean": 11.2, "truncated_fraction": 0.0, "no_answer_fraction": 0.1}
+    document = {"results": {"holdout": figures}, "greedy": {"holdout": {"avg_at_n": 0.5}}}
+    assert result_lines(document, 80) == [
+        "holdout (accuracy + 0.25 brevity): items 30, avg@4 0.842 ± 0.030, 95 %",
+        "  0.700-0.900, pass@4 1.000, maj@4 0.900, greedy 0.500, tokens 11.2, cut 0.0%,",
+        "  no answer 10.0%",
+    ]
+    assert result_lines(document, 200) == result_lines(document) and len(result_lines(document)) == 2
 
 
 def test_an_evaluation_that_had_to_wait_says_so() -> None:

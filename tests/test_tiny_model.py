@@ -36,8 +36,8 @@ def share_right(*, samples: int, temperature: float) -> float:
 
 
 def test_sampling_is_weak_and_greedy_is_clearly_better() -> None:
-    sampled, greedy = share_right(samples=4, temperature=1.0), share_right(samples=1, temperature=0.0)
-    assert 0.25 <= sampled <= 0.45, f"avg@4 at temperature 1: {sampled:.3f}"
+    sampled, greedy = share_right(samples=2, temperature=1.0), share_right(samples=1, temperature=0.0)
+    assert 0.25 <= sampled <= 0.45, f"avg@2 at temperature 1: {sampled:.3f}"
     assert greedy >= sampled + 0.3, f"greedy {greedy:.3f}, sampled {sampled:.3f}"
 
 

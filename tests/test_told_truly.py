@@ -29,6 +29,7 @@ from astracli.hub.client import HubClient
 from astracli.launch import recipe_changes
 from astracli.launch.place import Place
 from astracli.process import identity, patience, ports
+from astracli.process.atomic import write_atomic
 from astracli.process.server import ServerThread
 from astracli.report import summary_table  # noqa: F401  before `somebody`, who may not read the packages
 from astracli.runs import clean, find, run_dir
@@ -97,9 +98,9 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path: Path, monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_dir.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
-        run_dir.write_atomic(tmp_path / "a", "text")
+        write_atomic(tmp_path / "a", "text")
     assert not list(tmp_path.iterdir())
 
 

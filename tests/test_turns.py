@@ -19,10 +19,11 @@ from astracli.data.prompts import Problem
 from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest, GenResult
 from astracli.envs import registry
+from astracli.envs.attempt import score
 from astracli.envs.contract import Env, EnvSetup, Episode, Policy, Score
 from astracli.rl.schedule import sample_seed
 from astracli.rl.types import Group, pack_group, unpack_group
-from astracli.rollout.episodes import play, score
+from astracli.rollout.episodes import play
 from astracli.rollout.groups import group_of
 from astracli.rollout.policy import RolloutSampling
 from astracli.rollout.request_gate import RequestGate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from astracli.weights.format.flat import flatten
 from astracli.weights.format.manifest import version_name
 from astracli.weights.receive import apply, resident
 from astracli.weights.receive.placement import EngineSlice
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+from weights.damage import damage
 
 
 def test_a_delta_lands_in_place_bit_for_bit_and_says_so(tmp_path: Path) -> None:
@@ -144,24 +149,6 @@ def test_an_update_falls_into_the_placements_that_hold_it(tmp_path: Path) -> Non
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
-def damage(draw: np.random.Generator, blob: bytes) -> bytes:
-    """One flipped bit, one changed byte, a truncation, or two blocks that changed places."""
-    kind, size = draw.integers(4), len(blob)
-    out = bytearray(blob)
-    if kind == 0:
-        out[draw.integers(size)] ^= 1 << draw.integers(8)
-    elif kind == 1:
-        out[draw.integers(size)] = draw.integers(256)
-    elif kind == 2:
-        del out[draw.integers(size) :]
-    else:
-        width = int(draw.integers(1, max(2, size // 4)))
-        one, two = sorted(draw.integers(0, size - width, size=2).tolist())
-        if one + width <= two:
-            out[one : one + width], out[two : two + width] = out[two : two + width], out[one : one + width]
-    return bytes(out)
-
-
 def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Path) -> None:
     """Every trial ends in an error, and an untouched engine unless the base itself was damaged; afterwards a full
     version puts it right. Damage that changes no byte is drawn again."""
@@ -177,7 +164,7 @@ def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Pa
         kind = ("file", "base", "order")[draw.choice(3, p=[0.65, 0.3, 0.05])]
         if kind == "file":
             path = files[draw.integers(len(files))]
-            blob = damage(draw, content[path])
+            _, blob = damage(draw, content[path])
             if blob == content[path]:
                 continue
             path.write_bytes(blob)
@@ -188,7 +175,7 @@ def test_damages_of_payload_manifest_plan_and_base_are_all_detected(tmp_path: Pa
         else:
             name = list(engine)[draw.integers(len(engine))]
             view = bits_of(engine[name]).view(np.uint8)
-            blob = damage(draw, view.tobytes())
+            _, blob = damage(draw, view.tobytes())
             blob += bytes(len(view) - len(blob))  # a truncated base reads as zeros
             if blob == view.tobytes():
                 continue
@@ -218,7 +205,7 @@ def test_damage_of_a_full_version_is_detected(tmp_path: Path) -> None:
     path, draw = where / "v000000" / "full-00000.safetensors", np.random.default_rng(8)
     content = path.read_bytes()
     for _ in range(200):
-        blob = damage(draw, content)
+        _, blob = damage(draw, content)
         if blob == content:
             continue
         path.write_bytes(blob)

@@ -15,12 +15,13 @@ import torch
 from transfer_tools import same_files
 
 from astracli.engines.sglang import loader as sglang_loader
+from astracli.process.atomic import write_atomic
 from astracli.weights.device import host
 from astracli.weights.device.difference import bits_torch
 from astracli.weights.format import codec, container, digest
 from astracli.weights.format.digest import bits_of
 from astracli.weights.format.flat import flatten
-from astracli.weights.format.manifest import Manifest, seal, version_name, write_atomic
+from astracli.weights.format.manifest import Manifest, seal, version_name
 from astracli.weights.publish import payload
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.publish.snapshot import Shard, copies

@@ -11,25 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from transfer_tools import Server, Weights, chain, copies, first_weights, publish, same, same_files, step, subscriber
+from transfer_tools import (
+    Server,
+    Weights,
+    chain,
+    copies,
+    first_weights,
+    publish,
+    same,
+    same_files,
+    server,
+    step,
+    subscriber,
+)
 
 from astracli.errors import RunFailed
+from astracli.process.atomic import write_atomic
 from astracli.weights.device import host
 from astracli.weights.format.digest import digest_tensor, to_hex
-from astracli.weights.format.manifest import Manifest, read_stable, seal, version_name, versions_in, write_atomic
+from astracli.weights.format.manifest import Manifest, read_stable, seal, version_name, versions_in
 from astracli.weights.publish import payload, snapshot
 from astracli.weights.publish.committer import Committer
 from astracli.weights.publish.publisher import Publisher, PublishResult
 from astracli.weights.publish.snapshot import Shard
 from astracli.weights.receive import apply
 
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "weights").mkdir()
-    found = Server(tmp_path / "weights")
-    yield found
-    found.stop()
+__all__ = ["server"]
 
 
 # ---- publishing -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from transfer_tools import FULL, TOKEN, Server, chain, copies, publish, same, subscriber
+from transfer_tools import FULL, TOKEN, Server, chain, copies, publish, same, server, subscriber
 
 from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
@@ -23,13 +22,7 @@ from astracli.weights.publish.publisher import Publisher
 from astracli.weights.receive import apply
 from astracli.weights.receive.subscriber import Subscriber, choose_route
 
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "weights").mkdir()
-    found = Server(tmp_path / "weights")
-    yield found
-    found.stop()
+__all__ = ["server"]
 
 
 # ---- serving --------------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Job:
         self.background = "off"
         self.learning: dict[str, Any] = {}
         """Keys of the recipe's table `train`, changed."""
+        self.tables: dict[str, dict[str, Any]] = {}
+        """Other tables of the recipe."""
         self.run_dir = directory / "run"
         self.run_dir.mkdir(parents=True)
         self.model_dir = model_dir
@@ -66,8 +68,11 @@ class Job:
                 train={"steps": STEPS, "batch_groups": 2, "max_staleness": 0, "parity_tolerance": 100.0}
                 | self.learning,
                 checkpoint={"every": 2},
-                weights={"transfer": "delta", "background": self.background},
-                metrics={"samples_per_step": 3},
+                **{
+                    "weights": {"transfer": "delta", "background": self.background},
+                    "metrics": {"samples_per_step": 3},
+                    **self.tables,
+                },
             ),
             model_path=self.model_dir,
             **changes,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 import uvicorn
 from starlette.applications import Starlette
@@ -135,3 +137,12 @@ def publish(directory: Path, versions: list[Weights], **options: Any) -> list[Pu
     results = [publisher.publish(version, weights) for version, weights in enumerate(versions)]
     publisher.close()
     return results
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Of the folder `weights`."""
+    (tmp_path / "weights").mkdir()
+    found = Server(tmp_path / "weights")
+    yield found
+    found.stop()

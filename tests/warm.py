@@ -58,6 +58,12 @@ def start(
     return child
 
 
+def bench_start(words: Sequence[str], folder: Path, console: Path, *, apart: bool = False) -> Child:
+    """In the place of `shared.start` of the benches."""
+    assert words[0] == sys.executable
+    return start(words[1:], console, cwd=folder)
+
+
 def run(
     words: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:

@@ -15,9 +15,9 @@ NameArg = Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter name.")
 
 @app.command("list")
 def list_(json: JsonOpt = False) -> None:
-    """List the installed adapters and what they claim.
+    """List the installed adapters and the model types they are for.
 
-    Each with its model types and its package; of a broken one, what is wrong with it.
+    Shows the model types and the package of each, and what is wrong with one that cannot be loaded.
     """
     from astracli.models import registry
 
@@ -59,7 +59,7 @@ def show(name: NameArg, json: JsonOpt = False) -> None:
 def check(name: NameArg, json: JsonOpt = False) -> None:
     """Check an adapter on its smallest model.
 
-    Names, dtypes, blocks, rows beside each other. Exit 1 when one is wrong.
+    Checks names, dtypes, blocks, and that rows beside each other do not mix. Exits with 1 if a check fails.
     """
     from astracli.models import registry
     from astracli.training import adapter_check

@@ -34,9 +34,9 @@ def doctor(
     ] = None,
     json: JsonOpt = False,
 ) -> None:
-    """Check this machine, and what a recipe lacks here.
+    """Check this machine, and whether it has what a recipe needs.
 
-    Exit 0 when a run would work, 1 when a check fails. With a recipe, only what it needs can fail.
+    Exits with 0 if a run would work, with 1 if a check fails. With a recipe, only what the recipe needs can fail.
     """
     loaded = None if one_name(recipe_name, recipe) is None else load_recipe(recipe_name, recipe, set_, "doctor")
     if loaded is None and set_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,12 +10,44 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from astracli.cli import options
-from astracli.cli.output import out
+from astracli.cli.output import out, room
 from astracli.cli.plan_view import print_plan, refuse_facts
 from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.runs.run_dir import RunDir
+
+
+RunDirOpt = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export, with the run's own recipe.")
+]
+BenchmarkOpt = Annotated[
+    list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
+]
+SamplesOpt = Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Samples per item.")]
+EngineOpt = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="NAME", help="The engine, as rollout.engine: auto, or an installed one."),
+]
+ToOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Directory for the results; default: a new one under runs/, or under the run's eval/.",
+    ),
+]
+ResumeOpt = Annotated[
+    Path | None, typer.Option("--resume", metavar="DIR", help="Continue an evaluation that was stopped.")
+]
+CompareOpt = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        "--compare",
+        metavar="RUN RUN...",
+        help="Compare evaluations with the first one. Each is a RUN or RUN@STEP.",
+    ),
+]
 
 
 def evaluate(
@@ -23,68 +56,36 @@ def evaluate(
     recipe: options.RecipeOpt = None,
     set_: options.SetOpt = None,
     weights: options.WeightsOpt = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="RUN", help="Evaluate this run's export by its own recipe.")
-    ] = None,
-    benchmark: Annotated[
-        list[str] | None, typer.Option("--benchmark", metavar="NAME", help="Only this benchmark; may be repeated.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="Samples an item.")] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("--engine", metavar="NAME", help="auto, or an installed engine: sets rollout.engine."),
-    ] = None,
-    to: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Directory of this evaluation; default a new one under runs/, or under the run's own eval/.",
-        ),
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an evaluation that was stopped.")
-    ] = None,
-    compare: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            "--compare",
-            metavar="RUN RUN...",
-            help="Compare evaluations, each a RUN or RUN@STEP, with the first of them.",
-        ),
-    ] = None,
+    run_dir: RunDirOpt = None,
+    benchmark: BenchmarkOpt = None,
+    samples: SamplesOpt = None,
+    engine: EngineOpt = None,
+    to: ToOpt = None,
+    resume: ResumeOpt = None,
+    compare: CompareOpt = None,
     dry_run: options.DryRunOpt = False,
     facts: options.FactsOpt = None,
     json: options.JsonOpt = False,
 ) -> None:
     """Evaluate a model, or the newest run.
 
-    Without a recipe: the newest run under runs/ that has an export, by its own recipe.
-    With one: its model, or --weights.
-    With --compare: nothing is generated; is B better than A, item by item? `astra runs compare` says more of them.
+    Without a recipe, it evaluates the newest run under runs/ that has an export, with the run's own recipe.
+    With a recipe, it evaluates the recipe's model, or --weights.
+    With --compare, it generates nothing: it tests, item by item, whether B is better than A. `astra runs compare` shows
+    more about the runs.
     """
+    given = {
+        "--recipe": recipe, "--set": set_, "--weights": weights, "--run-dir": run_dir, "--out": to,
+        "--benchmark": benchmark, "--samples": samples, "--engine": engine, "--resume": resume,
+        "--facts": facts, "--dry-run": dry_run or None,
+    }  # fmt: skip
+    used = [name for name, value in given.items() if value is not None]
     if compare is not None:
-        others: dict[str, object] = {
-            "--recipe": recipe,
-            "--set": set_,
-            "--weights": weights,
-            "--run-dir": run_dir,
-            "--out": to,
-        }
-        others |= {"--benchmark": benchmark, "--samples": samples, "--engine": engine, "--resume": resume}
-        others |= {"--facts": facts, "--dry-run": dry_run or None}
-        if given := [name for name, value in others.items() if value is not None]:
-            raise UserError(f"--compare generates nothing: {given[0]} means nothing with it", f"leave {given[0]} out")
+        if used:
+            raise UserError(f"--compare generates nothing: {used[0]} means nothing with it", f"leave {used[0]} out")
         _compare([*compare, *([recipe_name] if recipe_name else []), *context.args], json)
         return
-    if context.args:
-        from astracli.config.recipe_io import SET_HINT
-
-        word = context.args[0]
-        raise UserError(
-            f"got unexpected extra argument ({word})",
-            SET_HINT if "=" in word else "`astra eval --help` shows what it takes",
-        )
+    _refuse_words(context.args)
     refuse_facts(facts, dry_run, "eval")
     from astracli.config import recipe_io
     from astracli.runs.find import named
@@ -92,7 +93,7 @@ def evaluate(
     run: RunDir | None = None
     changes = [*(set_ or ()), *([f"rollout.engine={engine}"] if engine else ())]
     if resume is not None:
-        if options.one_name(recipe_name, recipe) or run_dir or weights or benchmark or samples or engine or to or set_:
+        if recipe_name or set(used) - {"--resume", "--facts", "--dry-run"}:
             raise UserError("--resume goes on with an evaluation as it began", "leave the other options out")
         stopped = named(str(resume))
         resume, loaded = stopped.path, recipe_io.load(stopped.recipe_json)
@@ -127,27 +128,39 @@ def evaluate(
     )
 
 
+def _refuse_words(words: Sequence[str]) -> None:
+    """More words than a recipe are for --compare alone."""
+    if words:
+        from astracli.config.recipe_io import SET_HINT
+
+        hint = SET_HINT if "=" in words[0] else "`astra eval --help` shows what it takes"
+        raise UserError(f"got unexpected extra argument ({words[0]})", hint)
+
+
 def _compare(runs: Sequence[str], as_json: bool) -> None:
+    from astracli.cli.runs_compare import print_tests, several, shares_of, test_document
     from astracli.evaluation import compare
 
-    if len(runs) > 2:
-        from astracli.cli.runs_compare import print_tests, several, test_document
+    def shares(text: str) -> compare.Shares:
+        return compare.read_shares(shares_of(text) if text.endswith("@best") else text)
 
-        tests = compare.several({text: compare.read_shares(text) for text in several(runs)})
+    if len(runs) > 2:
+        tests = compare.several({text: shares(text) for text in several(runs)})
         if as_json:
             out(True).document({"first": runs[0], "comparisons": [test_document(test) for test in tests]})
         else:
             print_tests(tests)
         return
     a, b = runs
-    rows = compare.compare(compare.read_shares(a), compare.read_shares(b))
+    rows = compare.compare(shares(a), shares(b))
     out(as_json).table(
         ["benchmark", "items", "A", "B", "B - A", "95 % from", "to", "p", "difference"],
         [[r.benchmark, r.items, r.a, r.b, r.difference, r.low, r.high, r.p, r.verdict] for r in rows],
         document=compare.document(a, b, rows),
     )
     if not as_json:
-        out().text("\n".join(f"{row.benchmark}: {compare.words(row)}" for row in rows))
+        for row in rows:
+            out().text(textwrap.fill(f"{row.benchmark}: {compare.words(row)}", room(), break_on_hyphens=False))
 
 
 def newest_exported(root: Path = Path("runs")) -> RunDir:

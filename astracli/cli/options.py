@@ -39,47 +39,49 @@ def complete_facts(incomplete: str) -> Iterator[str]:
 RecipeArg = Annotated[
     str | None,
     typer.Argument(
-        metavar="RECIPE", help="Shipped recipe name or path of a .toml file.", autocompletion=complete_recipe
+        metavar="RECIPE", help="Name of a shipped recipe, or path of a .toml file.", autocompletion=complete_recipe
     ),
 ]
 RecipeOpt = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="RECIPE", help="The same as an option.", autocompletion=complete_recipe),
+    typer.Option("--recipe", metavar="RECIPE", help="The recipe, given as an option.", autocompletion=complete_recipe),
 ]
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value; may be repeated.")
 ]
 WeightsOpt = Annotated[
     str | None,
-    typer.Option("--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default the recipe's model."),
+    typer.Option(
+        "--weights", metavar="DIR|HUB_ID", help="Checkpoint directory or Hub id; default: the recipe's model."
+    ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan, check what a start checks, start nothing.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Print the plan and check it; start nothing.")]
 FactsOpt = Annotated[
     str | None,
     typer.Option(
         "--facts",
         metavar="FILE|NAME",
-        help="Another machine, by its document: a file, or one that ships with astra, such as 8xl40.",
+        help="Plan for another machine: a file that describes it, or a name that ships with astra, such as 8xl40.",
         autocompletion=complete_facts,
     ),
 ]
 RunDirOpt = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default runs/RECIPE-YYYYmmdd-HHMMSS.")
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default: runs/RECIPE-YYYYmmdd-HHMMSS.")
 ]
 ResumeOpt = Annotated[
     Path | None,
     typer.Option(
         "--resume",
         metavar="RUN",
-        help="Continue a run, named or by its directory, from its checkpoint.",
+        help="Continue a run from its newest checkpoint. RUN is its name or directory.",
         autocompletion=complete_run,
     ),
 ]
 RunArg = Annotated[str, typer.Argument(metavar="RUN", help="Run name or directory.", autocompletion=complete_run)]
 OptionalRunArg = Annotated[
     str | None,
-    typer.Argument(metavar="RUN", help="Run name or directory; default the newest run.", autocompletion=complete_run),
+    typer.Argument(metavar="RUN", help="Run name or directory; default: the newest run.", autocompletion=complete_run),
 ]
 
 RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.", readable=False)]

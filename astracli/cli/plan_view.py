@@ -13,13 +13,17 @@ from astracli.errors import UserError
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
     from astracli.plan.types import Command
+    from astracli.runs.run_dir import RunDir
 
 
 ELSEWHERE = "`--facts NAME` plans for another machine"
 
 
-def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | None = None) -> None:
-    """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing.
+def print_plan(
+    recipe: Recipe, command: Command, output: Output, facts: str | None = None, resumed: RunDir | None = None
+) -> None:
+    """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing. `resumed`: the
+    run that would go on.
 
     On this machine also every check that a start makes; raises typer.Exit(2) when one of them would refuse.
     """
@@ -30,7 +34,7 @@ def print_plan(recipe: Recipe, command: Command, output: Output, facts: str | No
 
     described = documents.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
-    refused = inputs.findings(recipe, command) if described is None else []
+    refused = inputs.findings(recipe, command, resumed) if described is None else []
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
     refused = [check for check in refused if check.value not in known]
     if output.as_json:

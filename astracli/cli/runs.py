@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from astracli.cli import runs_change, runs_compare
-from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, the_run
+from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, complete_run, the_run
 from astracli.cli.output import out
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ app = typer.Typer(help="Look at runs, stop them, free their disk.", rich_markup_
 def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
     """List the runs, newest first: state, steps, newest score and reward, and the settings in which they differ.
 
-    The score is avg@n of the newest evaluation (`overall` of several benchmarks), the reward the mean of the newest ten
-    steps. `astra runs compare` shows more of a few runs.
+    The score is avg@n of the newest evaluation; with several benchmarks it is their mean, `overall`. The reward is the
+    mean over the newest ten steps. `astra runs compare` shows more about a few runs.
     """
     from astracli.report import many_runs
     from astracli.runs import find as runs
@@ -46,9 +47,9 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
 
 @app.command()
 def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
-    """Show a run on a page: what runs, since when, step, reward, last evaluation, what it waits for.
+    """Show the state of a run: its processes, step, reward, last evaluation, and what it waits for.
 
-    Of a run that failed, its cause and last lines. --json has every figure of every process.
+    For a run that failed, it shows the cause and the last lines. --json has every figure of every process.
     """
     from dataclasses import asdict
 
@@ -116,7 +117,7 @@ def _log_line(process: str, line: str) -> str:
 def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """Write report.html and print a run's figures.
 
-    Of a run that has ended, the summary table; of one that goes on, its figures so far.
+    For a run that has ended, it prints the summary table; for a run that is still going, its figures so far.
     """
     from astracli.report import run_files
     from astracli.report.page import html as report_html
@@ -125,9 +126,10 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     out().note(f"wrote {report_html.write(found)}")
     summary, results = run_files.summary(found), run_files.results(found)
     if results is not None and not json:
+        from astracli.cli.output import room
         from astracli.report.summary_table import result_lines
 
-        out().text("\n".join(result_lines(results)))
+        out().text("\n".join(result_lines(results, room() if sys.stdout.isatty() else None)))
         return
     if summary is not None and not json:
         from rich.console import Console
@@ -170,7 +172,14 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
 @app.command()
 def samples(
-    run: OptionalRunArg = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Run name or directory, or the file of `astra rollout --out`; default the newest run.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     wrong: Annotated[bool, typer.Option("--wrong", help="Wrong answers.")] = False,
     right: Annotated[bool, typer.Option("--right", help="Right answers.")] = False,
     truncated: Annotated[bool, typer.Option("--truncated", help="Answers cut off at the token limit.")] = False,
@@ -178,9 +187,10 @@ def samples(
     n: Annotated[int, typer.Option("-n", "--count", metavar="N", min=1, help="At most so many, the newest.")] = 10,
     json: JsonOpt = False,
 ) -> None:
-    """Print samples of a run or an evaluation.
+    """Print samples of a run, an evaluation or a file of `astra rollout`.
 
-    Of a run some of each step's rollouts, of an `astra eval` all answers: problem, completion, verdict.
+    Shows problem, completion, verdict, and what the reward logged. A run keeps some rollouts of each step; an
+    evaluation keeps all answers.
     """
     from collections import deque
 
@@ -188,12 +198,13 @@ def samples(
 
     chosen = {"wrong": wrong, "right": right, "truncated": truncated}
     outcomes: set[Outcome] = {name for name, asked in chosen.items() if asked}  # type: ignore[misc]
-    found = list(deque(run_files.samples(the_run(run), outcomes=outcomes, step=step), maxlen=n))
+    source = Path(run) if run is not None and Path(run).is_file() else the_run(run)
+    found = list(deque(run_files.samples(source, outcomes=outcomes, step=step), maxlen=n))
     if json:
         out(json).document(found)
         return
     if not found:
-        out().note("no such samples")
+        out().note("no such samples; those of `astra rollout` are in the file that its --out named")
     for sample in found:
         out().text(_sample_text(sample))
 
@@ -209,8 +220,13 @@ def _of(step: int | None, steps: int | None) -> str:
 
 
 def _sample_text(sample: dict[str, Any]) -> str:
-    said = [f"{key} {sample.get(key)}" for key in ("step", "version", "reward")]
-    said += [str(sample.get(key)) for key in ("problem_id", "verdict", "finish_reason")]
+    named = {"step": "step", "version": "version", "problem_id": "id", "reward": "reward"}
+    said = [f"{word} {sample[key]}" for key, word in named.items() if sample.get(key) is not None]
+    said += [str(sample.get(key)) for key in ("verdict", "finish_reason")]
     said.append(f"{len(sample.get('tokens') or [])} tokens")
-    body = "".join(f"  {key}: {sample.get(key)}\n" for key in ("problem", "answer", "completion"))
+    shown = [(key, sample.get(key)) for key in ("problem", "answer", "completion")]
+    if parts := sample.get("parts"):
+        shown.append(("parts", ", ".join(f"{name} {value:.4g}" for name, value in parts.items())))
+    shown += [(name, text) for name, text in (sample.get("notes") or {}).items()]
+    body = "".join(f"  {name}: {value}\n" for name, value in shown)
     return "  ".join(said) + "\n" + body

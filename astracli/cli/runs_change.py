@@ -25,7 +25,7 @@ STOP_WAIT_S = 10.0
 def stop(run: RunArg, json: JsonOpt = False) -> None:
     """Stop a run as Ctrl-C would; it can be resumed.
 
-    Its supervisor ends every process of it.
+    The run's supervisor then ends all of its processes.
     """
     found = the_run(run)
     status = found.status()
@@ -71,6 +71,9 @@ def export(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="The text model alone, under text names, whatever it was loaded from.")
     ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a LoRA run: the adapter alone, as peft stores it; default merged.")
+    ] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face directory."""
     from astracli.config import recipe_io
@@ -80,6 +83,8 @@ def export(
     recipe = recipe_io.load(found.recipe_json)
     if best and step is not None:
         raise UserError(f"both --best and --step {step} given", "leave one out")
+    if adapter and text_only:
+        raise UserError("both --adapter and --text-only given", "an adapter holds no other weights: leave one out")
     chosen = None
     if best:
         from astracli.training import best as best_checkpoint
@@ -90,8 +95,10 @@ def export(
     from astracli.training.export_run import export_checkpoint
 
     which = "best" if best else "latest" if step is None else str(step)
-    place = to or found.path / (f"export-{which}" + ("-text" if text_only else ""))
-    done = export_checkpoint(found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only)
+    place = to or found.path / (f"export-{which}" + ("-text" if text_only else "-adapter" if adapter else ""))
+    done = export_checkpoint(
+        found.checkpoints, recipe, model_dir, place, step=step, text_only=text_only, adapter_only=adapter
+    )
     out().text(str(place))
     reason = f", the best of {chosen.among} evaluated: {chosen.score.words}" if chosen else ""
     out().note(f"step {done} of `{found.path}`{reason}")
@@ -113,10 +120,11 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
     json: JsonOpt = False,
 ) -> None:
-    """Free the disk of ended runs.
+    """Free disk space of runs that have ended.
 
-    Published weights, configurations and staged payloads go; results, checkpoints and export stay. Processes that a
-    run left behind when its supervisor was killed are ended first. Without RUN: all under --root that are done.
+    Deletes published weights, configurations and staged payloads. Keeps results, checkpoints and the export. If the
+    supervisor of a run was killed, the processes that it left behind are ended first. Without RUN, it cleans all runs
+    under --root that are done.
     """
     from astracli.runs import clean as cleaning
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from astracli.errors import UserError
 if TYPE_CHECKING:
     from astracli.evaluation.compare import Against
     from astracli.runs.run_dir import RunDir
+    from astracli.training.best import Score
 
 MOST = 26
 """Runs that are compared at once: each has a letter."""
@@ -40,20 +42,27 @@ def compare(
     """
     from astracli.report import many_runs
 
-    found = [_split(text)[0] for text in several(runs)]
+    splits = [_split(text) for text in several(runs)]
+    found, steps = [run for run, _ in splits], [_step(*split) for split in splits]
     marks = many_runs.MARKS[: len(found)]
     differ = many_runs.settings(found)
-    title, curves = _curves(found, metric)
+    common = many_runs.common_benchmarks(found)
+    title, curves = _curves(found, metric, common)
     named = dict(zip(marks, curves, strict=True))
-    tests, notes = _tests(runs)
+    tests, left_out = _tests(runs)
+    notes = [*_caveats(marks, found, common), *left_out]
     if json:
-        rows = [{"mark": mark, **many_runs.row(run)} for mark, run in zip(marks, found, strict=True)]
+        rows = [
+            {"mark": mark, **many_runs.row(run), "score": _at(many_runs.scores(run, common), step)}
+            for mark, run, step in zip(marks, found, steps, strict=True)
+        ]
         tested = [test_document(test) for test in tests]
         out(json).document(
             {"runs": rows, "settings": differ, "plot": {"of": title, "lines": named}, "tests": tested, "notes": notes}
         )
         return
-    out().table(["", "run", "state", "step", "first score", "score", "reward", "wall s"], _rows(marks, found))
+    headers = ["", "run", "state", "step", "first score", "score", "of step", "reward", "wall s"]
+    out().table(headers, _rows(marks, runs, found, steps, common))
     if differ:
         from astracli.runs.changes import shown
 
@@ -66,6 +75,21 @@ def compare(
     print_tests(tests)
     for note in notes:
         out().note(note)
+
+
+def _caveats(marks: str, runs: Sequence[RunDir], common: Sequence[str]) -> Iterator[str]:
+    """Why scores of these runs may not mean the same. `common`: the benchmarks that all of them have."""
+    from astracli.report import many_runs, run_files
+    from astracli.runs import metrics
+
+    every = {name for run in runs for name in run_files.eval_rows(run)} - {metrics.OVERALL}
+    if common and every != set(common):
+        yield f"scores are those on {', '.join(common)}, which all of these runs were evaluated on"
+    elif every and not common:
+        yield "these runs were evaluated on different benchmarks: their scores do not compare"
+    for name, of in many_runs.graders(runs, common).items():
+        each = ", ".join(f"{mark} by {grader}" for mark, grader in zip(marks, of, strict=True) if grader)
+        yield f"warning: `{name}` was not graded alike ({each}): its scores do not mean the same"
 
 
 def several(runs: Sequence[str]) -> Sequence[str]:
@@ -87,35 +111,53 @@ def _split(text: str) -> tuple[RunDir, str]:
     return (named(name), step) if at and (step.isdigit() or step == "best") else (named(text), "")
 
 
-def _shares_of(text: str) -> str:
-    """What `evaluation.compare.read_shares` takes: the run's directory, with a step where one is meant."""
-    run, step = _split(text)
+def _step(run: RunDir, step: str) -> int | None:
+    """The step that RUN@STEP or RUN@best names; None without one. Raises UserError."""
     if step == "best":
         from astracli.config import recipe_io
         from astracli.training import best
 
-        step = str(best.required(run, recipe_io.load(run.recipe_json)).score.step)
-    return f"{run.path}@{step}" if step else str(run.path)
+        return best.required(run, recipe_io.load(run.recipe_json)).score.step
+    return int(step) if step else None
 
 
-def _rows(marks: str, runs: Sequence[RunDir]) -> list[list[Any]]:
+def shares_of(text: str) -> str:
+    """What `evaluation.compare.read_shares` takes: a run's directory, with a step where one is meant. Raises
+    UserError."""
+    run, step = _split(text)
+    found = _step(run, step)
+    return str(run.path) if found is None else f"{run.path}@{found}"
+
+
+def _rows(
+    marks: str, texts: Sequence[str], runs: Sequence[RunDir], steps: Sequence[int | None], common: Sequence[str]
+) -> list[list[Any]]:
     from astracli.report import many_runs
 
     rows = []
-    for mark, run in zip(marks, runs, strict=True):
-        row, scores = many_runs.row(run), many_runs.scores(run)
+    for mark, text, run, step in zip(marks, texts, runs, steps, strict=True):
+        row, scores = many_runs.row(run), many_runs.scores(run, common)
+        name = row["run"] if step is None else f"{row['run']}@{text.rpartition('@')[2]}"
         first = _score(vars(scores[0])) if len(scores) > 1 else None
-        rows.append(
-            [mark, row["run"], row["state"], row["step"], first, _score(row["score"]), row["reward"], row["wall_s"]]
-        )
+        score = _at(scores, step)
+        of = score["step"] if score else None
+        rows.append([mark, name, row["state"], row["step"], first, _score(score), of, row["reward"], row["wall_s"]])
     return rows
+
+
+def _at(scores: Sequence[Score], step: int | None) -> dict[str, Any] | None:
+    """The score of a step, the newest without one."""
+    found = [score for score in scores if step is None or score.step == step]
+    return vars(found[-1]) if found else None
 
 
 def _score(score: Mapping[str, Any] | None) -> str | None:
     return f"{score['avg_at_n']:.3f} ± {score['stderr']:.3f}" if score else None
 
 
-def _curves(runs: Sequence[RunDir], metric: str | None) -> tuple[str, list[list[tuple[int, float]]]]:
+def _curves(
+    runs: Sequence[RunDir], metric: str | None, common: Sequence[str]
+) -> tuple[str, list[list[tuple[int, float]]]]:
     """(what is plotted, its points by run): a metric; else scores where a run has two of them, else rewards."""
     from astracli.report import many_runs
     from astracli.runs import metrics
@@ -132,10 +174,10 @@ def _curves(runs: Sequence[RunDir], metric: str | None) -> tuple[str, list[list[
                 f"did you mean {' or '.join(near)}?" if near else "docs/run-directory.md lists them",
             )
         return metric, lines
-    scored = [[(score.step, score.avg_at_n) for score in many_runs.scores(run)] for run in runs]
+    scored = [[(score.step, score.avg_at_n) for score in many_runs.scores(run, common)] for run in runs]
     if any(len(line) > 1 for line in scored):
         return "score (avg@n)", scored
-    return "mean reward", [many_runs.rewards(metrics.read(run.metrics_jsonl)) for run in runs]
+    return "reward", [many_runs.rewards(metrics.read(run.metrics_jsonl)) for run in runs]
 
 
 def _tests(runs: Sequence[str]) -> tuple[list[Against], list[str]]:
@@ -146,7 +188,7 @@ def _tests(runs: Sequence[str]) -> tuple[list[Against], list[str]]:
     notes: list[str] = []
     for text in runs:
         try:
-            read = comparison.read_shares(_shares_of(text))
+            read = comparison.read_shares(shares_of(text))
             if shares:
                 comparison.compare(next(iter(shares.values())), read, draws=1)
             shares[text] = read
@@ -161,19 +203,22 @@ def print_tests(tests: Sequence[Against]) -> None:
     """The paired tests as a table."""
     if not tests:
         return
+    count = len({test.run for test in tests})
     rows = []
     for test in tests:
         d = test.difference
-        interval = f"{d.low:+.3f} to {d.high:+.3f}"
-        rows.append([test.run, d.benchmark, d.items, d.a, d.b, d.difference, interval, d.p, test.p_holm, test.verdict])
+        shares, interval = (f"{d.a:.3f}", f"{d.b:.3f}", f"{d.difference:+.3f}"), f"{d.low:+.3f} to {d.high:+.3f}"
+        rows.append([test.run, d.benchmark, d.items, *shares, interval, test.p_holm, test.verdict])
     out().text("")
+    p = "p (Holm)" if count > 1 else "p"
     out().table(
-        ["run", "benchmark", "items", "first", "this", "change", "95 %", "p", "p (Holm)", "difference"],
+        ["run", "benchmark", "items", "first", "this", "change", "95 %", p, "difference"],
         rows,
         "paired test of each run against the first, over items",
     )
-    if (count := len({test.run for test in tests})) > 1:
-        out().text(f"p (Holm) is corrected for {count} comparisons: a difference is real where it is at most 0.05")
+    if count > 1:
+        words = f"p (Holm) is corrected for {count} comparisons: a difference is real where it is at most 0.05"
+        out().text(textwrap.fill(words, room()))
 
 
 def test_document(test: Against) -> dict[str, Any]:

@@ -46,10 +46,10 @@ def train(
 ) -> None:
     """Train: rollout, trainer and evaluation together.
 
-    Starts engines and workers as supervised processes; Ctrl-C ends them all and --resume goes on from there. With
-    --resume the recipe is the run's own; --set then changes how long, how fast, where and how it runs, and the run
-    keeps a record of it. With --from a new run starts from the weights of another one, by its recipe or another, with
-    anything changed. --json goes with --dry-run, and so does --facts: it plans for a machine that is not this one.
+    Starts and supervises all processes of a run. Ctrl-C ends them; --resume continues the run later. A resumed run
+    keeps its own recipe; --set can then change how long, how fast and where it runs, and the run records each change.
+    --from starts a new run from the weights of another run, with the same recipe or another one. --json and --facts
+    need --dry-run.
     """
     refuse_facts(facts, dry_run, "train")
     if json and not dry_run:
@@ -75,7 +75,7 @@ def train(
         loaded = options.load_recipe(recipe_name, recipe, set_, "train")
 
     if dry_run:
-        print_plan(_as_started(loaded, run, source), "train", out(json), facts)
+        print_plan(_as_started(loaded, run, source), "train", out(json), facts, resumed=run)
         return
     from astracli.launch import run as launch
 

@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from astracli.config import doors
 from astracli.config.recipe_run import Table
 from astracli.errors import UserError
 
@@ -49,7 +50,7 @@ class AlgorithmSettings:
 def installed() -> Mapping[str, list[metadata.EntryPoint]]:
     """Name -> its entry points, by name; more than one when several packages bring an algorithm of that name."""
     found: dict[str, list[metadata.EntryPoint]] = {}
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+    for point in doors.points(GROUP):
         found.setdefault(point.name, []).append(point)
     return found
 
@@ -77,26 +78,28 @@ def find(name: str) -> AlgorithmSettings:
 
 
 class AlgorithmTable(Table):
-    """What is learned, see docs/algorithms.md. Here stands what all algorithms share; the settings of one stand in its
-    own table, `[algorithm.NAME]`. Tables of other algorithms are checked and not used."""
+    """The loss and the advantage (docs/algorithms.md). These settings are common to all algorithms. Settings of one
+    algorithm are in its own table, `[algorithm.NAME]`. Tables of other algorithms are checked but not used."""
 
     name: str = "m2po"
-    """An entry point in the group `astra.algorithms`. This package brings `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`,
-    `cispo`, `decoupled` and `tis`. Settings that a recipe leaves out take the algorithm's own values."""
+    """An entry point in the group `astra.algorithms`. This package has `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`,
+    `cispo`, `decoupled` and `tis`. Settings that a recipe leaves out take the algorithm's own defaults."""
     mismatch_cap: float | None = Field(default=None, ge=1.0)
-    """Corrects for an engine whose probabilities differ from the trainer's, beside any algorithm: tokens of the current
-    version weigh min(pi_trainer / pi_engine, mismatch_cap). 2 is usual; None is off."""
+    """Corrects for an engine whose probabilities differ from the trainer's, with any algorithm: tokens of the current
+    version have the weight min(pi_trainer / pi_engine, mismatch_cap). 2 is usual. None: off."""
     overlong_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last part of a completion's room in which the reward falls linearly by up to `overlong_penalty`; 0 is off, dapo
-    0.2. Any algorithm. The room is `rollout.max_new_tokens`, less where `rollout.context_length` ends before."""
+    """Last part of the available length in which the reward falls linearly by up to `overlong_penalty`, with any
+    algorithm. 0: off; dapo: 0.2. The available length is `rollout.max_new_tokens`, or less if `rollout.context_length`
+    ends before."""
     overlong_penalty: PositiveFloat = 0.5
-    """Taken off the reward of a completion that fills its room. 0.5 with rewards 0 and 1 is DAPO's 1 with -1 and 1."""
+    """Subtracted from the reward of a completion that uses the whole available length. 0.5 with rewards 0 and 1 is the
+    same as DAPO's 1 with rewards -1 and 1."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the algorithm's KL estimate (k3) to the initial model; 0 loads no reference."""
+    """Weight of the KL estimate (k3) to the initial model. 0: no reference model is loaded."""
     batch_norm_advantage: bool = False
     """Normalise the advantages once more over the batch."""
     drop_equal_groups: bool = True
-    """Leave out groups whose rewards are all equal: they carry no gradient."""
+    """Leave out groups in which all rewards are equal. They have no gradient."""
 
     @property
     def own(self) -> Any:

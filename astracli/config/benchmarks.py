@@ -76,6 +76,7 @@ _SPECS = (
     BenchmarkSpec("arithmetic-heldout", (256,), 8, None, "{question}", "generated"),
     BenchmarkSpec("arithmetic-steps-heldout", (256,), 4, None, "{question}", "generated"),
     BenchmarkSpec("arithmetic-sums-heldout", (96,), 8, None, "", "generated"),
+    BenchmarkSpec("arithmetic-products-heldout", (128,), 4, None, "{question}", "generated"),
     BenchmarkSpec(
         "aime24", (30,), 16, HubSet("HuggingFaceH4/aime_2024", "train"),
         licence=f"{_MAA}MIT", hashes=("50c69a59aea22c18",),

@@ -6,14 +6,17 @@ One that cannot be imported is listed with its error and hurts nobody else.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from astracli.config.recipe_run import Table
 from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.config.recipe_run import Table
 
 T = TypeVar("T")
 
@@ -41,15 +44,24 @@ class Installed(Generic[T]):
         return self.plugin
 
 
+def points(group: str) -> list[metadata.EntryPoint]:
+    """Every entry point of the group in this environment, by name; nothing is loaded."""
+    return sorted(_every(tuple(sys.path)).select(group=group), key=lambda point: point.name)
+
+
+@cache  # each package in the search path has a file of them
+def _every(search_path: tuple[str, ...]) -> Any:
+    return metadata.entry_points()  # of another type in Python 3.11; `select(group=...)` gives EntryPoints in both
+
+
 def names(group: str) -> list[str]:
     """Of every entry point of the group; nothing is loaded."""
-    return sorted({point.name for point in metadata.entry_points(group=group)})
+    return list(dict.fromkeys(point.name for point in points(group)))
 
 
 def installed(group: str, kind: type[T]) -> list[Installed[T]]:
     """Every entry point of the group in this environment, by name; broken ones carry their error."""
-    found = (_load(point, kind) for point in metadata.entry_points(group=group))
-    return sorted(found, key=lambda item: (item.name, item.package))
+    return sorted((_load(point, kind) for point in points(group)), key=lambda item: (item.name, item.package))
 
 
 def _load(point: metadata.EntryPoint, kind: type[T]) -> Installed[T]:
@@ -63,8 +75,10 @@ def _load(point: metadata.EntryPoint, kind: type[T]) -> Installed[T]:
             plugin = found
         else:
             error = f"{point.value} is a {type(found).__name__}, not an {kind.__module__}.{kind.__qualname__}"
-    package = point.dist.name if point.dist is not None else "unknown"
-    version = point.dist.version if point.dist is not None else "unknown"
+    package, version = "unknown", "unknown"
+    if point.dist is not None:
+        head = point.dist.metadata  # reads and parses a file
+        package, version = head["Name"], head["Version"]
     return Installed(point.name, point.value, package, version, plugin, error)
 
 
@@ -85,5 +99,7 @@ def get(everything: Sequence[Installed[T]], name: str, noun: str, how_to_add: st
 @cache
 def settings(group: str) -> dict[str, type[Table]]:
     """Name -> the table that a recipe may hold for it, of everything in the group that can be loaded."""
+    from astracli.config.recipe_run import Table
+
     found = {item.name: getattr(item.plugin, "settings", None) for item in installed(group, object)}
     return {name: own for name, own in found.items() if isinstance(own, type) and issubclass(own, Table)}

@@ -1,8 +1,8 @@
 """The recipe schema: every setting of a run, its unit, its range and its reason.
 
 One value stands in one place. Unknown keys are refused (`recipe_io` turns pydantic's complaint into one message).
-The tables of problems and rewards stand in `recipe_data` and `recipe_rewards`, generation in `recipe_rollout`, how and
-where a run goes in `recipe_run`; the others here.
+The tables of problems and rewards stand in `recipe_data` and `recipe_rewards`, generation in `recipe_rollout`,
+environments in `recipe_env`, how and where a run goes in `recipe_run`; the others here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from pydantic import (
 from astracli.config import recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import DataTable, EvalSetTable
-from astracli.config.recipe_rollout import Requests, RolloutTable, Tokens
+from astracli.config.recipe_env import EnvTable
+from astracli.config.recipe_lora import LoraTable
+from astracli.config.recipe_rollout import NonEmpty, Requests, RolloutTable, Tokens
 from astracli.config.recipe_run import (
     CheckpointTable,
     ExpectedTable,
@@ -44,15 +46,15 @@ class ModelTable(Table):
     revision: str | None = None
     """Branch, tag or commit of a Hub id; None is the Hub's default branch."""
     made_by: str | None = None
-    """The command that makes a local `path`: said when nothing is there."""
+    """The command that makes a local `path`. It is shown when nothing is there."""
     adapter: str = "auto"
-    """Name of a model adapter, or `auto`: the one that claims the checkpoint's `model_type`."""
+    """Name of a model adapter. `auto`: the adapter that claims the checkpoint's `model_type`."""
     thinking: Literal["on", "off"] = "off"
-    """Whether the model reasons before it answers, where its chat template has that choice (`enable_thinking`)."""
+    """Whether the model thinks before it answers, if its chat template has this choice (`enable_thinking`)."""
     template_args: dict[str, str | bool | int | float] = Field(default={})
-    """Further arguments of the chat template: `{ reasoning_effort = "low" }`."""
+    """More arguments for the chat template, for example `{ reasoning_effort = "low" }`."""
     assistant_prefix: str = ""
-    """Text that every answer begins with. It belongs to the prompt: it is not trained, and no reward sees it."""
+    """Text at the beginning of every answer. It is part of the prompt: it is not trained, and rewards do not see it."""
 
 
 Recomputed = Literal["none", "selective", "full"]
@@ -65,72 +67,84 @@ class TrainTable(Table):
     steps: PositiveInt
     """Steps of the run. A step trains on one batch and publishes one version of the weights."""
     batch_groups: int = Field(default=32, gt=0, le=1_000_000)
-    """Groups that a step trains on; dropped groups do not count."""
+    """Groups per step. Dropped groups do not count."""
     minibatches: PositiveInt = 4
     """Optimizer steps per step."""
     tokens_per_microbatch: PositiveInt = 8192
-    """Token budget (padding included) of one forward and backward."""
+    """Token budget of one forward and backward pass, including padding."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """How a micro-batch lays out its samples: `packed`, one row without padding that nothing leaks through (proved at
-    start-up), or `padded` rows; `auto` packs on a GPU and pads on a CPU."""
+    """How a micro-batch holds its samples. `packed`: one row without padding; a check at the start proves that nothing
+    leaks from one sample into another. `padded`: one row per sample. `auto`: packed on a GPU, padded on a CPU."""
     row_boundaries: Literal["reset", "ignored"] = "reset"
-    """`ignored` is for an ablation and trains on wrong numbers: in packed rows of a hybrid, recurrent and convolution
-    state runs from one sample into the next, as where nobody tells these layers of the boundaries (attention still ends
-    at them). The checks of rows and of the engine then report instead of stopping."""
+    """`ignored` is only for an ablation, and its results are wrong: in packed rows of a hybrid, the recurrent and
+    convolution states run on from one sample into the next, as they do if these layers do not know the boundaries
+    (attention still stops at them). The checks of rows and of the engine then report differences instead of ending the
+    run."""
     rows_check_every: PositiveInt = 50
-    """Steps between two measurements of joined rows against separate ones, log-probabilities and gradient; the first
-    batch of a process is always measured."""
+    """Every so many steps, log-probabilities and gradient of packed or padded rows are compared with those of separate
+    rows. The first batch of a process is always compared."""
     learning_rate: PositiveFloat = 5e-6
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up."""
     warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises linearly to `learning_rate`."""
     final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Where `linear` and `cosine` end, as a fraction of `learning_rate`."""
+    """Learning rate at the end of `linear` and `cosine`, as a fraction of `learning_rate`."""
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), strict=False)
+    """AdamW's decay rates of the first and second moments."""
     eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.01
+    """AdamW's weight decay."""
     weight_decay_on: Literal["all", "matrices"] = "all"
-    """`all`: every trained parameter decays, as in torch and AstraFlow; `matrices`: those of two dimensions and more,
-    so that norms, biases, `A_log` and `dt_bias` do not."""
+    """`all`: every trained parameter decays, as in torch and AstraFlow. `matrices`: only parameters with two or more
+    dimensions, so norms, biases, `A_log` and `dt_bias` do not decay."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
     max_staleness: NonNegativeInt = 8
-    """Versions a token may lag behind the policy that trains on it. 0 = on-policy: rollout waits for every update.
-    Read it as `Recipe.effective_staleness`, which is 0 in deterministic mode."""
+    """How many versions a token may lag behind the policy that trains on it. 0 is on-policy: rollout waits for every
+    update. Deterministic mode always uses 0."""
     consume: Literal["edf", "fifo"] = "edf"
-    """Which waiting groups a step takes: `edf`, earliest deadline first, loses none to age; `fifo`, in the order of
-    arrival, prefers quick prompts and loses late ones."""
+    """Which waiting groups a step takes. `edf` (earliest deadline first) loses no group to staleness. `fifo` (in order
+    of arrival) prefers quick prompts and loses late groups."""
     replay_ratio: NonNegativeInt = 0
-    """Every batch is trained on again up to n times, in the steps after its first, while no token of it is staler than
+    """Every batch is trained on again up to n times, in the steps after its first, as long as no token of it exceeds
     `max_staleness`. A replay is a step: it counts in `steps` and publishes a version."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass computes again: `none`, nothing; `selective`, every second block; `full`, every block
     (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
     weighed against it; beside an engine `full` unless there is plenty; on a CPU `none`."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
-    """Where the initial model of the KL term waits between scoring passes; `host` is pinned memory, `auto` is the GPU
-    while it has room. On a CPU there is one place."""
+    """Where the initial model of the KL term is kept between scoring passes, and with `[lora]` the matrices without
+    their adapters, from which every update begins. `host` is pinned memory. `auto`: the GPU if it has room. It has no
+    effect on a CPU."""
     optimizer_device: Literal["auto", "gpu", "host"] = "auto"
-    """Where AdamW's moments wait between updates: on the GPU, in pinned memory of the host, from which they pass
-    through the GPU in every update, or (`auto`) in both, as it pays."""
+    """Where AdamW's moments are kept between updates: on the GPU, or in pinned memory of the host, from which they pass
+    through the GPU in every update. `auto` divides them between both as is quickest."""
     attention: str = "auto"
-    """Trainer attention: `auto`, `sdpa`, `eager`, or what the backend table offers."""
+    """Attention of the trainer: `auto`, `sdpa`, `eager`, or another one that the backend table offers."""
     parity_tolerance: PositiveFloat | None = None
-    """Largest mean |trainer - engine| log-probability over a batch's tokens of staleness 0; more ends the run, at any
-    step. None takes the adapter's; twice `parity_noise`, at most 0.1, where an engine in bf16 needs more."""
+    """Largest allowed mean |trainer - engine| log-probability over the tokens of a batch with staleness 0. A larger
+    value ends the run, at any step. None: the adapter's tolerance, or twice `parity_noise`, at most 0.1, if an engine
+    in bf16 needs more."""
 
 
 class WeightsTable(Table):
-    transfer: Literal["full", "delta"] = "full"
+    transfer: Literal["full", "delta", "adapter"] = "full"
+    """What of a version travels to the engines: all weights, only the values that changed, or, with `[lora]`, the
+    adapter, which the receiver merges into the weights."""
     full_interval: PositiveInt = 10
-    """With `delta`: every n-th version travels in full."""
+    """With `delta` and `adapter`: every n-th version is also sent in full."""
     keep: PositiveInt = 12
-    """Published versions kept on disk (pinned ones stay besides)."""
+    """How many published versions stay on disk. Versions that are still needed are kept in addition."""
     pause_mode: Literal["abort", "retract", "in_place"] = "in_place"
-    """What happens to running requests at an update. `in_place`: they go on, with the keys and values that they have;
-    `retract`: those are computed anew; `abort`: their segment ends, and prompt + prefix are sent again."""
+    """What happens to running requests during an update. `in_place`: they continue with the keys and values that they
+    have. `retract`: keys and values are computed again. `abort`: their segment ends, and prompt and prefix are sent
+    again."""
     background: Literal["auto", "on", "off"] = "auto"
-    """Publish a version beside the next training step. `auto`: when the trainer runs on GPUs; never in deterministic
-    mode, nor with time sharing on a GPU."""
+    """Publish a version while the next step trains. `auto`: if the trainer runs on GPUs, but not in deterministic mode
+    and not with time sharing."""
     verify_interval: PositiveInt = 1
     """Read the engine's weights back and compare digests every n-th version."""
     compression_level: int = Field(default=1, ge=1, le=19)
@@ -139,25 +153,28 @@ class WeightsTable(Table):
 
 class EvalTable(Table):
     benchmarks: list[str] = Field(default=[])
-    """Names of known benchmarks, of `[eval.sets.NAME]`, files, directories and Hub ids. What `data.holdout` holds out
+    """Names of known benchmarks or of `[eval.sets.NAME]`, files, directories and Hub ids. What `data.holdout` holds out
     is added."""
     sets: dict[str, EvalSetTable] = Field(default={})
     """Benchmarks of one's own that are read otherwise than `[data]` says: `[eval.sets.NAME]`."""
     every: NonNegativeInt = 10
-    """Evaluate at step 0, every n steps and at the end; 0 switches in-run evaluation off. One that becomes due while
-    another runs takes the version that is current when that ends."""
+    """Evaluate at step 0, every n steps and at the end. 0: no evaluation during the run. If an evaluation is due while
+    another one runs, it starts when that one ends, with the version that is then current."""
     samples: Samples | dict[str, Samples] | None = None
-    """Samples per item; `{ aime24 = 4, math500 = 1 }` by benchmark. None takes each benchmark's own, and so does one
-    that is not named."""
+    """Samples per item: one number, or a table such as `{ aime24 = 4, math500 = 1 }`. Benchmarks that are not named use
+    their own number, and so do all of them with None."""
     greedy: bool = False
-    """In a run: also one greedy sample an item at every evaluation."""
+    """Also draw one greedy sample per item at every evaluation of a run."""
     pass_k: PositiveInt = 4
-    """k of pass@k. Where `samples` gives a benchmark fewer, k is their number."""
+    """The k of pass@k. For a benchmark with fewer samples, k is the number of samples."""
     temperature: float = Field(default=0.6, ge=0.0, le=100.0)
-    """0 is greedy."""
+    """Sampling temperature. 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling: the smallest set of tokens with this much probability. 1 is off."""
     max_new_tokens: Tokens | None = None
     """None takes `rollout.max_new_tokens`."""
+    env: NonEmpty | None = None
+    """The environment of evaluations. None: `rollout.env`."""
     max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
@@ -174,12 +191,17 @@ class EvalTable(Table):
 
 class Recipe(Table):
     name: str = "unnamed"
+    """Shown by commands and in reports."""
     description: str = ""
+    """One line for `astra recipes list`."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Of everything that is drawn at random: prompts, samples, evaluations."""
     model: ModelTable
     data: DataTable
     rollout: SerializeAsAny[RolloutTable] = Field(default_factory=lambda: RolloutTable.model_validate({}))
+    env: EnvTable = EnvTable()
     train: TrainTable
+    lora: LoraTable | None = None
     algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
     weights: WeightsTable = WeightsTable()
     eval: EvalTable = EvalTable()
@@ -219,6 +241,11 @@ class Recipe(Table):
         """`data.max_reward_errors`; None is one step's samples."""
         most = self.data.max_reward_errors
         return self.batch_sequences if most is None else most
+
+    @property
+    def evaluation_env(self) -> str:
+        """`eval.env`, without one `rollout.env`."""
+        return self.eval.env or self.rollout.env
 
     @property
     def evaluation_requests(self) -> int:
@@ -281,7 +308,16 @@ class Recipe(Table):
                 f"eval.samples = {evaluation.samples} is fewer than eval.pass_k = {evaluation.pass_k}: "
                 "pass@k needs at least k samples an item"
             )
-        best = self.checkpoint.best
+        if self.env.tools and rollout.env == self.evaluation_env == "single_turn":
+            raise ValueError(
+                'env.tools is for an environment that calls tools, but rollout.env = "single_turn": '
+                'set rollout.env = "tools"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coherent_over_tables(self) -> Recipe:
+        best, evaluation = self.checkpoint.best, self.eval
         if best is not None and best not in (*evaluation.benchmarks, "overall"):
             names = ", ".join([*evaluation.benchmarks, "overall"])
             raise ValueError(f"checkpoint.best = {best!r} is no benchmark of this run: it takes one of {names}")
@@ -296,6 +332,8 @@ class Recipe(Table):
                 if not value
             )
             raise ValueError(f"checkpoint.best = {best!r} needs evaluations and checkpoints, but {absent} is off")
+        if self.weights.transfer == "adapter" and self.lora is None:
+            raise ValueError("weights.transfer = adapter, but there is no table [lora]: all weights are trained")
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")

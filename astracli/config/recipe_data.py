@@ -13,7 +13,7 @@ from astracli.config.benchmarks import BENCHMARKS
 from astracli.config.recipe_rewards import RewardKeys
 from astracli.config.recipe_run import Table
 
-Level = Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4"]
+Level = Literal["add2", "sub2", "add3", "sub3", "steps2", "steps3", "steps4", "mul2", "mul3"]
 GENERATED = "arithmetic"
 """The source that is no file: `data/arithmetic.py`."""
 HOLDOUT = "holdout"
@@ -21,12 +21,12 @@ HOLDOUT = "holdout"
 
 
 class ShotTable(Table):
-    """A question with its answer, shown before every question."""
+    """An example question with its answer, shown before every question."""
 
     question: str
-    """Put into `data.template`, as the question of a problem is."""
+    """It is put into `data.template`, like the question of a problem."""
     answer: str
-    """What the assistant's turn says."""
+    """The assistant's answer."""
 
 
 class SetTable(Table):
@@ -46,86 +46,94 @@ class SetTable(Table):
     system: str | None = None
     few_shot: list[ShotTable] | None = None
     reward: str | None = None
-    """What judges its answers; in the place of `data.rewards` too."""
+    """The reward for this set. It also replaces `data.rewards`."""
     right_at: float | None = None
-    """As `data.right_at`, which does not count where `reward` is another one."""
+    """As `data.right_at`, which does not apply if `reward` is set here."""
 
 
 class MixTable(SetTable):
-    """One of several training sources, `[[data.mix]]`. What it leaves out is as `[data]` says, except `config` and
-    `revision`."""
+    """One of several training sources, `[[data.mix]]`. Keys that are left out are taken from `[data]`, except `config`
+    and `revision`."""
 
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
-    """What metrics, samples and its benchmark call it; None is the end of `source`."""
+    """Its name in metrics and samples, and in the name of its benchmark. None: the end of `source`."""
     weight: PositiveFloat = 1.0
-    """Its share of the prompts is this over the sum of all weights, to a thousandth, at any place of the sequence."""
+    """Its share of the prompts is this weight over the sum of all weights. The share is kept to a thousandth at every
+    point of the run."""
     holdout: NonNegativeFloat | None = None
     """As `data.holdout`."""
 
 
 class EvalSetTable(SetTable):
-    """A benchmark of one's own, `[eval.sets.NAME]`. What it leaves out is as `[data]` says, except `config`, `revision`
-    and `split`."""
+    """A benchmark of your own, `[eval.sets.NAME]`. Keys that are left out are taken from `[data]`, except `config`,
+    `revision` and `split`."""
 
     split: str | None = None
-    """None is `test` where there is one, else the only split."""
+    """None: `test` if there is one, else the only split."""
     samples: PositiveInt = 4
-    """Samples per item, unless `eval.samples` says otherwise."""
+    """Samples per item, unless `eval.samples` sets another number."""
 
 
 class CurriculumTable(Table):
-    """Prompts by solve rate (mean reward of a kind's recent groups): those in the band are preferred."""
+    """Prefer prompts whose solve rate lies in a band. The solve rate is the mean reward of the recent groups of the
+    same kind."""
 
     low: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Lower end of the band."""
     high: float = Field(default=0.8, ge=0.0, le=1.0)
+    """Upper end of the band."""
     candidates: int = Field(default=4, ge=2, le=64)
-    """Prompts of which one is asked; the others are passed over in this epoch."""
+    """Each prompt is chosen from this many. The others are skipped in this epoch."""
     outside: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Weight of a prompt outside the band; one inside, or never asked, weighs 1."""
+    """Weight of a prompt outside the band. A prompt inside the band, or one that was never used, has weight 1."""
     window: PositiveInt = 16
-    """Latest groups of a kind (a level of `arithmetic`, else one problem) that count."""
+    """How many recent groups of a kind count. A kind is a level of `arithmetic`; for other sources each problem is a
+    kind of its own."""
 
 
 class DataTable(RewardKeys):
     source: str = ""
-    """`arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, and each of
-    them with .gz or .zst), a directory that `datasets` reads, or a Hub data set id."""
+    """Where the problems come from: `arithmetic` (generated), a registered name, a file (.jsonl, .json, .csv, .tsv,
+    .parquet, .arrow, each also with .gz or .zst), a directory that `datasets` can read, or a Hub data set id."""
     config: str | None = None
-    """Which configuration of a Hub data set, or of a directory that has several."""
+    """Configuration of a Hub data set, or of a directory that has several."""
     split: str = "train"
-    """Of a directory or a Hub data set."""
+    """Split of a directory or a Hub data set."""
     path: str | None = None
-    """Directory that holds local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets`
-    directory NAME, itself or in its `train` and `eval`. None is the environment's ASTRA_DATA_DIR."""
+    """Directory with local copies of training sets and benchmarks: NAME.jsonl, NAME.parquet or a `datasets` directory
+    NAME, in the directory itself or in its subdirectories `train` and `eval`. None: the directory that the environment
+    variable ASTRA_DATA_DIR names."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     levels: list[Level] = Field(default=["add2", "sub2", "add3", "sub3"], min_length=1)
-    """Difficulty levels of the generated arithmetic family, drawn uniformly (other sources ignore it)."""
+    """Difficulty levels of the generated arithmetic problems, drawn uniformly. Other sources ignore it."""
     question_field: str = "problem"
-    """Column of the question: text, or chat turns (a list of `role` and `content`, or such a list as JSON text). A row
-    without it may have its turns in `messages`. `a.b` is a field `b` inside a column `a`."""
+    """Column with the question: text, or chat turns (a list of `role` and `content`, or such a list as JSON text). If a
+    row does not have it, chat turns are read from `messages`. `a.b` is the field `b` inside the column `a`."""
     answer_field: str = "answer"
-    """Column of the right answer; empty: the rows have none, and the reward needs none."""
+    """Column with the right answer. Empty: the rows have no answer, and the reward needs none."""
     template: str = "{question}"
-    """What the user turn says: `{question}`, and any column of the row by its name. Other braces stay as they are."""
+    """Text of the user turn. `{question}` is the question; any other column can be used by its name. Other braces are
+    left as they are."""
     system: str | None = None
-    """The system turn, of rows that bring none of their own; may name columns as `template` does."""
+    """Text of the system turn, for rows that have none of their own. It may use columns, as `template` does."""
     few_shot: list[ShotTable] = Field(default=[])
-    """Questions with answers, `[[data.few_shot]]`: earlier turns of every conversation."""
+    """Example questions with answers, `[[data.few_shot]]`. They are the first turns of every conversation."""
     markup: Literal["text", "tokens"] = "text"
-    """What a special token of the model (`<|im_end|>`) is that stands in a row, or in the recipe's own words: the text
-    that it is written as, or the token itself."""
+    """How a special token of the model, such as `<|im_end|>`, is read in a row or in the texts of the recipe: as
+    ordinary text, or as the token."""
     max_prompt_tokens: PositiveInt = 2000
-    """Longer prompts are left out and counted."""
+    """Longer prompts are left out; the run says how many."""
     mix: list[MixTable] = Field(default=[])
-    """Several sources, `[[data.mix]]`; `source` is not asked then."""
+    """Several sources, `[[data.mix]]`. `source` is then not used."""
     holdout: NonNegativeFloat = 0.0
-    """Questions that are never trained on and make the benchmark `holdout`: a share below 1, or how many. A question is
-    chosen by a hash of its text, so the same ones are held out in every run, with all rows that ask them."""
+    """Questions that are not trained on and become the benchmark `holdout`: a share if below 1, else a number. A hash
+    of the question's text decides, so every run holds out the same questions, with all rows that ask them."""
     curriculum: CurriculumTable | None = None
-    """None asks prompts in their shuffled order; a table prefers those that are solved sometimes."""
+    """None: prompts in shuffled order. A table: prefer prompts that are solved sometimes."""
     decontaminate: Literal["report", "remove", "off"] = "report"
-    """Training problems that are also items of `eval.benchmarks`: counted and said, left out, or not looked for."""
+    """What happens to training problems that are also items of `eval.benchmarks`: they are counted and reported
+    (`report`), also left out (`remove`), or not looked for (`off`)."""
 
 
 def sets(data: DataTable) -> Mapping[str, DataTable]:

@@ -12,44 +12,46 @@ from astracli.config.recipe_run import SomeProcesses, Table
 
 
 class GradingTable(Table):
-    """Where graders differ: what rewards `math` and `math_boxed` take for the same answer (docs/grading.md)."""
+    """What the rewards `math` and `math_boxed` accept as the same answer, where graders differ (docs/grading.md)."""
 
     relative_tolerance: float = Field(default=0.0, ge=0.0, le=0.1)
-    """Numbers this far apart, relative to the gold, are equal; for golds that are measured or rounded (0.01)."""
+    """Two numbers are equal if they differ by at most this, relative to the reference answer. For reference answers
+    that are measured or rounded, for example 0.01."""
     ordered_lists: bool = False
-    """Whether `1, 2` without brackets has an order. With brackets it always has."""
+    """Whether the order matters in a list without brackets, such as `1, 2`. With brackets it always matters."""
     units: Literal["optional", "required"] = "optional"
-    """`required`: a gold with a unit is not matched by the bare number."""
+    """`required`: if the reference answer has a unit, a number without the unit is wrong."""
 
 
 class CodeTable(Table):
-    """Rewards `code` and `code_share`: what a completion's program may use. Its time is `data.reward_timeout_s`."""
+    """Limits for the programs that the rewards `code` and `code_share` run. Their time limit is
+    `data.reward_timeout_s`."""
 
     tests: str = "tests"
-    """Column that holds the unit tests; where a row has none, its answer does."""
+    """Column with the unit tests. If a row has none, its answer is used."""
     memory_gib: float = Field(default=1.0, ge=0.05, le=1024.0)
-    """Address space of each of its processes."""
+    """Address space of each process."""
     file_mb: float = Field(default=16.0, gt=0.0, le=1e6)
-    """Largest file that it may write, megabytes; its directory is removed afterwards."""
+    """Largest file that a program may write, in megabytes. Its directory is deleted afterwards."""
     processes: int = Field(default=16, ge=2, le=10_000)
-    """Processes at once."""
+    """How many processes a program may have at once."""
 
 
 class RewardTable(Table):
-    """One of several rewards, added up by weight. With any, `data.reward` is not used."""
+    """One of several rewards; their weighted sum is the reward. `data.reward` is then not used."""
 
     reward: str = Field(min_length=1)
     """As `data.reward`."""
     name: str | None = None
-    """Its name in metrics and samples; None is the last part of `reward`."""
+    """Its name in metrics and samples. None: the last part of `reward`."""
     weight: float = 1.0
-    """0 logs it and trains on the others."""
+    """0: the reward is logged but not trained on."""
     timeout_s: PositiveFloat | None = None
-    """None is `data.reward_timeout_s`."""
+    """None: `data.reward_timeout_s`."""
     concurrency: PositiveInt | None = None
-    """None is `data.reward_concurrency`."""
+    """None: `data.reward_concurrency`."""
     maximum: float | None = None
-    """Its largest value; None is what it declares as its attribute `maximum`, else 1."""
+    """Its largest value. None: the reward's attribute `maximum` if it has one, else 1."""
 
     @property
     def label(self) -> str:
@@ -60,29 +62,31 @@ class RewardKeys(Table):
     """Part of `[data]`."""
 
     reward: str = "math"
-    """`math`, `math_boxed` (only a box counts), `number` (the last number as written, nothing worked out), `code` and
-    `code_share` (unit tests: all of them, the share of them), `probe`, a name from the entry-point group
-    `astra.rewards`, or `pkg.module:function`. `probe` tries the machinery out on any weights, random ones too: 1 where
-    the share of even token ids is at or over its group's median, else 0."""
+    """The reward function. Built in: `math`; `math_boxed`, which accepts only an answer in a box; `number`, which
+    compares the last number as it is written; `code`, 1 if all unit tests pass; `code_share`, the share of unit tests
+    that pass; `probe`, for trying a setup with any weights: 1 if the share of even token ids is at or above the median
+    of its group, else 0. Your own: a name from the entry-point group `astra.rewards`, or `pkg.module:function`."""
     rewards: list[RewardTable] = Field(default=[])
     """Several rewards instead of one: a `[[data.rewards]]` table each."""
     right_at: float | None = None
-    """A sample is `right` when its reward is at least this. None: the largest that there can be, the sum of weight
-    times maximum over rewards with a positive weight (built-in ones have the maximum 1, others may declare theirs)."""
+    """A sample counts as right if its reward is at least this. None: the largest possible reward, which is the sum of
+    weight times maximum over all rewards with a positive weight. Built-in rewards have the maximum 1; your own may
+    declare another."""
     reward_timeout_s: PositiveFloat = 5.0
-    """One grading may take this long; then its worker is killed, the reward is 0 and a timeout is counted. A function
-    that grades a whole group at once has it once for each sample."""
+    """Time limit for grading one sample. After it the grading process is killed, the reward is 0 and a timeout is
+    counted. A function that grades a whole group at once gets this time once for each sample."""
     reward_start_s: PositiveFloat = 60.0
-    """A reward may take this long to be imported, and a class to be made."""
+    """Time limit for importing a reward and, if it is a class, for creating the object."""
     reward_workers: SomeProcesses = 1
-    """Grading processes of each reward."""
+    """Number of grading processes for each reward."""
     reward_concurrency: PositiveInt = 16
-    """Samples that an `async def` grades at once in each of its processes."""
+    """How many samples an `async def` reward grades at once in each of its processes."""
     reward_memory_gib: PositiveFloat | None = None
-    """Address space of a process that runs a reward of your own; None: no limit. CUDA needs a lot of it."""
+    """Limit on the address space of a process that runs a reward of your own. None: no limit. CUDA needs a large
+    address space."""
     max_reward_errors: NonNegativeInt | None = None
-    """The run ends, in the words of the error, when grading has failed for so many samples in a row. None: one step's
-    worth (`train.batch_groups` x `rollout.group_size`); 0: never."""
+    """The run ends with the reward's error after this many failed samples in a row. None: as many as a step has
+    (`train.batch_groups` x `rollout.group_size`). 0: never."""
     grading: GradingTable = GradingTable()
     code: CodeTable = CodeTable()
 

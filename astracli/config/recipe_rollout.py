@@ -29,40 +29,41 @@ REFILL_PART, REFILL_FROM = 16, 64
 
 class RolloutTable(Table):
     engine: str = "auto"
-    """The name of an installed engine, or `auto`: the one that serves by itself on the run's device. What only one
-    engine knows stands in its own table, `[rollout.NAME]`."""
+    """The name of an installed engine. `auto`: the default engine of the run's device. Settings that only one engine
+    has are in its own table, `[rollout.NAME]`."""
     env: str = Field(default="single_turn", min_length=1)
     """How a prompt becomes an episode: `single_turn` (one completion), a name from the entry-point group `astra.envs`,
     or `pkg.mod:Class`."""
     env_timeout_s: PositiveFloat = 60.0
-    """Seconds that an environment's own code may take between two calls of the engine or the grader; then its episode
-    ends and counts as failed."""
+    """Time limit, in seconds, for the environment's own code between two calls of the engine or the grader. After it
+    the episode ends and counts as failed."""
     group_size: int = Field(default=8, gt=0, le=4096)
     """Samples per prompt."""
     temperature: float = Field(default=1.0, gt=0.0, le=100.0)
-    """Of the draws. The trainer divides its logits by it too: what is trained is the policy that draws."""
+    """Sampling temperature. The trainer divides its logits by it too, so it trains the policy that samples."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Below 1 the draws are not the policy's: that biases the gradient, and is warned of."""
+    """Below 1 the samples do not follow the policy. This biases the gradient, and the plan warns about it."""
     max_new_tokens: Tokens = 4000
-    """Most tokens behind the prompt, in an episode of several turns all of them together."""
+    """Largest number of generated tokens; in an episode of several turns, of all turns together."""
     stop: list[NonEmpty] = Field(default=[])
-    """A completion ends, as finished, with the token that completes one of these texts; evaluations end there too. What
-    was drawn stays whole: the text is part of what is trained and of what a reward sees."""
+    """A completion ends, as finished, with the token that completes one of these texts. Evaluations use them too. The
+    text stays part of the completion: it is trained on, and rewards see it."""
     context_length: Tokens = 8192
-    """Prompt and completion together, tokens; the whole of an episode of several turns."""
+    """Largest number of tokens of prompt and completion together, or of a whole episode of several turns."""
     max_running_requests: Requests | Literal["auto"] = "auto"
-    """Sequences that one engine decodes at once. Hybrids hold a state cache per sequence beside the KV cache. `auto`:
-    as many as fit its GPU, at most what `running_ceiling` says, 32 on a CPU; the plan says how many and why."""
+    """How many sequences one engine decodes at once. A hybrid model needs memory for a recurrent state per sequence
+    besides the KV cache. `auto`: as many as fit on its GPU, at most what `running_ceiling` allows; 32 on a CPU. The
+    plan shows the number and the reason."""
     running_ceiling: dict[str, PositiveInt] = Field(default={})
-    """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU that has no more than that. `{ 48 = 32 }`: 32
-    on a GPU of 44 GiB, as many as fit on one of 80."""
+    """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU with at most this memory. With `{ 48 = 32 }`,
+    a GPU of 44 GiB runs at most 32 requests, and a GPU of 80 GiB as many as fit."""
     refill_requests: Requests | Literal["auto"] = "auto"
-    """Free slots that an engine is given new requests for at once, or fewer after a quarter of a second: taking up one
-    request keeps an engine from decoding nearly as long as taking up many. `auto`: a sixteenth of its slots, where it
-    has 64 or more; else 1. Engines whose client sends groups whole take them as they come."""
+    """An engine gets new requests when this many of its slots are free, or after a quarter of a second. Taking up one
+    request stops decoding for nearly as long as taking up many. `auto`: a sixteenth of the slots where an engine has 64
+    or more, otherwise 1. It has no effect on the embedded engine."""
     max_dropped_batches: NonNegativeInt = 8
-    """The run ends when so many batches' worth of groups (x `train.batch_groups`) in a row were dropped because all
-    their samples earned the same; 0 goes on generating."""
+    """Groups in which all samples have the same reward are dropped. The run ends after this many batches (x
+    `train.batch_groups` groups) were dropped in a row. 0: it never ends for this reason."""
 
     @classmethod
     def brought(cls) -> dict[str, type[Table]]:

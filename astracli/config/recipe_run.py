@@ -51,20 +51,21 @@ def _numbers(value: Any) -> Iterable[float]:
 
 class CheckpointTable(Table):
     every: NonNegativeInt = 10
-    """Steps; the last step always. 0: none at all, so that a run which dies begins anew."""
+    """Every n steps, and at the last step. 0: no checkpoints, so a run that fails starts again from the beginning."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept on disk."""
+    """How many of the newest checkpoints stay on disk."""
     best: str | None = None
-    """A benchmark of `eval.benchmarks`, or `overall`: the checkpoint with its best score is kept besides the newest, of
-    equal ones the earlier. A checkpoint is then also made at every step at which an evaluation is due, and an
-    evaluation that has to wait takes the next version with a checkpoint."""
+    """A benchmark of `eval.benchmarks`, or `overall`. The checkpoint with the best score is then kept in addition to
+    the newest ones; of equal scores, the earlier one. There is then also a checkpoint at every step at which an
+    evaluation is due, and an evaluation that has to wait takes the next version with a checkpoint."""
 
 
 class EngineEnv(Table):
     python: str | None = None
-    """Interpreter of the engine's own environment; None is this one."""
+    """Python interpreter of the engine's own environment. None: the one that runs astra."""
     env: dict[str, str] = {}
-    """Set for the engine alone; a PYTHONPATH here gives it other packages than the trainer's."""
+    """Environment variables for the engine alone. With a PYTHONPATH here the engine has other packages than the
+    trainer."""
 
     @property
     def foreign(self) -> bool:
@@ -74,45 +75,54 @@ class EngineEnv(Table):
 
 class ThreadsTable(Table):
     engine: SomeProcesses = 1
+    """CPU threads of each engine."""
     trainer: SomeProcesses = 1
+    """CPU threads of each trainer process."""
     other: SomeProcesses = 1
-    """CPU threads per process; two cores want one each."""
+    """CPU threads of each other process. On two cores, one for each process is best."""
 
 
 class ResourcesTable(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU if the recipe asks for any, else the CPU."""
     rollout_gpus: Processes = 0
+    """GPUs for engines."""
     train_gpus: Processes = 0
+    """GPUs for the trainer."""
     share_gpus: bool = False
-    """Engine and trainer on the same GPUs."""
+    """Engine and trainer use the same GPUs."""
     share_mode: Literal["auto", "side_by_side", "time_sharing"] = "auto"
-    """How they share: `side_by_side`, each keeps its part (the engine reserves what the trainer leaves);
-    `time_sharing`: the trainer waits in host memory while the engine generates, and the engine gives its KV cache
-    back for a training step. `auto` is `time_sharing` only where the two do not fit side by side."""
+    """How they share a GPU. `side_by_side`: each keeps its part, and the engine reserves what the trainer leaves.
+    `time_sharing`: the trainer waits in host memory while the engine generates, and the engine releases its KV cache
+    for a training step. `auto`: `time_sharing` only if both do not fit side by side."""
     engines: SomeProcesses = 1
-    """Engine processes on a CPU; on GPUs there is one per rollout GPU."""
+    """Engine processes on a CPU. On GPUs there is one per rollout GPU."""
     train_ranks: SomeProcesses = 1
-    """Trainer processes on a CPU (FSDP2 over gloo); on GPUs one per training GPU."""
+    """Trainer processes on a CPU (FSDP2 over gloo). On GPUs there is one per training GPU."""
     engine: EngineEnv = EngineEnv()
     threads: ThreadsTable = ThreadsTable()
 
 
 class LaunchTable(Table):
     host: str = "127.0.0.1"
+    """Address on which the hub and the engines listen."""
     deterministic: bool = False
-    """Same bytes from run to run: staleness 0, fixed slots, batches sorted by id."""
+    """Every run with the same recipe gives the same bytes: staleness 0, fixed slots, batches sorted by id."""
     max_restarts: NonNegativeInt | None = None
-    """Restarts of an engine or rollout worker within `restart_window_s`; None is 0 on a CPU and 2 on GPUs."""
+    """How often an engine or rollout worker is restarted within `restart_window_s`. None: 0 on a CPU, 2 on GPUs."""
     restart_window_s: PositiveFloat = 3600.0
-    """Seconds over which restarts are counted: in a run of days a process may fail now and then, and one that fails
-    again at once will not do better."""
+    """Restarts within this many seconds count together. In a run of days a process may fail now and then; one that
+    fails again at once will not recover."""
     max_resumes: NonNegativeInt | None = None
-    """How often a run whose trainer ended of what may pass (a CUDA error, a collective that timed out, a rank that was
-    killed) goes on from its newest checkpoint by itself; None is 0 on a CPU and 5 on GPUs. Twice alike at one step ends
-    the run, and so does whatever a new start would only repeat."""
+    """How often a run continues by itself from its newest checkpoint after its trainer ended with an error that may not
+    happen again: a CUDA error, a collective that timed out, a rank that was killed. None: 0 on a CPU, 5 on GPUs. The
+    same error twice at one step ends the run, and so does any error that would happen again."""
     ready_timeout_s: PositiveFloat = 600.0
+    """Time limit for each process to become ready."""
     heartbeat_timeout_s: PositiveFloat = 60.0
+    """A process that gives no sign of life for so long is considered to hang."""
     lease_timeout_s: PositiveFloat = 600.0
+    """A lease that is not renewed for so long expires; its group is generated again."""
     hub_history_steps: PositiveInt = 1000
     """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
     leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
@@ -120,16 +130,19 @@ class LaunchTable(Table):
 
 class MetricsTable(Table):
     sinks: list[str] = []
-    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (extras), or `pkg.module:factory`."""
+    """Where metrics are written besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` (optional extras), or
+    `pkg.module:factory`."""
     samples_per_step: NonNegativeInt = 8
     """Rollout samples written to `samples/` per step."""
 
 
 class ExpectedTable(Table):
-    """Published or measured figures to show beside ours: fractions in [0, 1]."""
+    """Published or measured scores to show beside the run's own. Fractions in [0, 1]."""
 
     source: str
+    """Where the scores come from."""
     machine: str
+    """On what they were measured."""
     avg_at_n_first: float | None = None
     avg_at_n_last: float | None = None
     pass_at_k_first: float | None = None

@@ -3,7 +3,8 @@
 A problem reads `37+45`. Its worked solution writes every column's sum, lowest digit first and with the carry, then the
 answer: `12 08 \\boxed{82}`. A subtraction column is a - b - borrow + 10, so that it never goes below zero.
 
-Problems of several steps are `arithmetic_steps`'s; `draw` knows their levels too.
+Problems of several steps are `arithmetic_steps`'s; `draw` knows their levels too. Products (`mul2`, `mul3`) have no
+worked solution: they are for a calculator.
 
 Every draw is a pure function of (seed, index): there is no running state, and any draw can be repeated alone.
 """
@@ -24,14 +25,15 @@ from astracli.data.prompts import Problem
 Level = Literal["add2", "sub2", "add3", "sub3"]
 LEVELS: tuple[Level, ...] = ("add2", "sub2", "add3", "sub3")
 
-_SHAPE = {"add2": ("+", 2), "sub2": ("-", 2), "add3": ("+", 3), "sub3": ("-", 3)}
+PRODUCTS = ("mul2", "mul3")
+_SHAPE = {"add2": ("+", 2), "sub2": ("-", 2), "add3": ("+", 3), "sub3": ("-", 3), "mul2": ("*", 2), "mul3": ("*", 3)}
 _HELD_OUT_SEED = 1234
 _QUESTION = re.compile(r"(\d+)([+-])(\d+)", re.ASCII)
 
 
 def is_held_out(op: str, a: int, b: int) -> bool:
     """Whether an operand pair belongs to the tenth that is only ever evaluated. `a+b` and `b+a` are one pair."""
-    if op == "+" and a < b:
+    if op != "-" and a < b:
         a, b = b, a
     return xxhash.xxh64_intdigest(f"{op}:{a}:{b}".encode()) % 10 == 0
 

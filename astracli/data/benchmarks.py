@@ -51,6 +51,7 @@ GENERATED: dict[str, Callable[[int], list[Problem]]] = {
     "arithmetic-heldout": arithmetic.held_out,
     "arithmetic-steps-heldout": partial(arithmetic.held_out, levels=arithmetic.STEP_LEVELS),
     "arithmetic-sums-heldout": partial(arithmetic.held_out, levels=("add2",)),
+    "arithmetic-products-heldout": partial(arithmetic.held_out, levels=arithmetic.PRODUCTS),
 }
 """How the items of a set without a Hub copy are drawn, by their number."""
 

@@ -19,6 +19,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,8 +27,8 @@ import orjson
 
 from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.engines.control import ControlThread
-from astracli.process.http import Http, HttpError, Reply
 from astracli.errors import RunFailed
+from astracli.process.http import Http, HttpError, Reply
 
 T = TypeVar("T")
 STAGED = "staged"
@@ -122,7 +123,7 @@ class EngineClient:
         answers = self._content(reply, "/generate")
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise self._failure(f"answered /generate with something else than {len(requests)} results")
-        return [_ended(request, _result(answer)) for request, answer in zip(requests, answers, strict=True)]
+        return [self._read(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
     async def _stream(self, requests: Sequence[GenRequest], ended: Ended) -> list[GenResult]:
         """One call whose results come as their requests end."""
@@ -136,7 +137,7 @@ class EngineClient:
                         async for line in streamed.lines():
                             if line.startswith(b"data: {"):
                                 answer = _decoded(line[len(b"data: ") :])
-                                result = _ended(requests[answer["index"]], _result(answer))
+                                result = self._read(requests[answer["index"]], answer)
                                 results[answer["index"]] = result
                                 ended(answer["index"], result)
                         break
@@ -171,6 +172,10 @@ class EngineClient:
         if all(request.rid is not None for request in requests):
             body["rid"] = [request.rid for request in requests]
         return body
+
+    def _read(self, request: GenRequest, answer: Mapping[str, Any]) -> GenResult:
+        """A request's result. Raises RunFailed for an answer that holds no tokens of the model."""
+        return _ended(request, _result(answer))
 
     def _never_began(self, reply: Reply) -> bool:
         """Whether a call was refused because an abort met it before it was under way."""
@@ -300,7 +305,10 @@ def _nothing(request: GenRequest) -> GenResult:
 
 
 def _ended(request: GenRequest, result: GenResult) -> GenResult:
-    """The result up to its first stop string."""
+    """The result up to its first stop string. A stop token that is the last one allowed ends it as well, also where an
+    engine looks at the limit first."""
+    if result.finish_reason == "length" and len(result.tokens) and int(result.tokens[-1]) in request.stop_token_ids:
+        result = replace(result, finish_reason="stop")
     if request.stop is None:
         return result
     return request.stop.ended(request.input_ids[len(request.input_ids) - request.draw_offset :], result)

@@ -12,7 +12,7 @@ Shape letters: L tokens of an episode, N drawn tokens among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from astracli.envs import time_limit
+from astracli.models.chat import ChatFormat
+from astracli.models.conversation import Conversation
 from astracli.rewards.reward import Grade, GradeItem
 from astracli.rl.types import FinishReason
 
@@ -102,6 +104,13 @@ class Episode:
         """Tokens that the policy sees and did not draw: a tool's result, what the user says next."""
         self._append(np.array(tokens, np.int32), False)
 
+    def cut(self, length: int) -> None:
+        """Leave out what was told behind the first `length` tokens."""
+        assert not self.loss_mask[length:].any(), "what was drawn stays"
+        self.changed()
+        self.tokens, self.loss_mask = self.tokens[:length], self.loss_mask[:length]
+        self.finish = "length"
+
     def changed(self) -> None:
         """The mask may be another: forget what follows from it."""
         self.__dict__.pop("spans", None)
@@ -140,18 +149,28 @@ class EnvSetup:
     tokenizer: Any
     grader_of: Callable[[Problem], Grader]
     """The recipe's reward for a problem, which may depend on the problem's source."""
-    prompt_tokens: Callable[[Problem], TokenIds]
-    """The prompt of a problem as the recipe says it: template and chat template applied, generation prompt added."""
+    prompt_tokens: Callable[..., TokenIds]
+    """(problem, JSON schemas of tools = ()) -> the prompt as the recipe says it: template and chat template applied,
+    generation prompt added."""
 
 
 class Env:
     """Base class. One object serves all episodes of a process, thousands at once: what belongs to one episode stands in
     local variables of `run`."""
 
+    schemas: Sequence[Mapping[str, Any]] = ()
+    """JSON schemas of the tools that its prompts name."""
+
     def __init__(self, setup: EnvSetup):
+        """Raises UserError for what the environment cannot work with: it is made once before a run, too."""
         self.recipe = setup.recipe
         self.tokenizer = setup.tokenizer
         self.setup = setup
+        self._roles: set[str] = set()
+        """Of turns that the chat template was found to take behind an answer."""
+
+    def close(self) -> None:
+        """The process ends: let go of what the environment holds."""
 
     async def run(self, problem: Problem, policy: Policy) -> Episode:
         """One episode, from the prompt to its end. What it raises ends this episode, and no other."""
@@ -168,9 +187,12 @@ class Env:
         with time_limit.paused():
             return await self.setup.grader_of(problem).agrade(items)
 
+    def check(self, problem: Problem) -> None:
+        """Before a run, with a problem of it: raises UserError for what would go wrong with each."""
+
     def unfit(self, problem: Problem) -> str | None:
         """Why no episode can begin from this problem (its prompt is too long); None when one can."""
-        length, rollout = len(self.setup.prompt_tokens(problem)), self.recipe.rollout
+        length, rollout = len(self.prompt(problem)), self.recipe.rollout
         longest = self.recipe.data.max_prompt_tokens
         if length > longest:
             return f"prompt of {length} tokens, data.max_prompt_tokens = {longest}"
@@ -180,7 +202,31 @@ class Env:
 
     def begin(self, problem: Problem) -> Episode:
         """An episode with the recipe's prompt of a problem."""
-        return Episode.of_prompt(self.setup.prompt_tokens(problem), problem.messages)
+        return Episode.of_prompt(self.prompt(problem), problem.messages)
+
+    def prompt(self, problem: Problem) -> TokenIds:
+        """The tokens of the recipe's prompt of a problem."""
+        return self.setup.prompt_tokens(problem, *([self.schemas] if self.schemas else []))
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        """The chat template of the model."""
+        return Conversation(self.tokenizer, ChatFormat.of(self.recipe), self.schemas)
+
+    def say(self, episode: Episode, said: str | Sequence[dict[str, Any]]) -> None:
+        """Tell what the user says next (a text), or turns of other roles, by the model's chat template.
+
+        Closes the turn that was drawn last and opens the next one. Raises UserError when the template cannot do that
+        without writing earlier turns anew.
+        """
+        turns = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
+        for role in {str(turn["role"]) for turn in turns} - self._roles:
+            self.conversation.check(role)
+            self._roles.add(role)
+        answer = episode.answer if episode.loss_mask[-1] else episode.tokens[:0]
+        behind = self.conversation.after(answer.tolist(), turns)
+        episode.messages = [*episode.messages, {"role": "assistant", "content": self.text(answer)}, *turns]
+        episode.tell(behind)
 
     def text(self, tokens: TokenIds) -> str:
         """What tokens say, without special ones."""

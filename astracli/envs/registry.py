@@ -1,7 +1,7 @@
 """Which environments there are, and the one that a recipe names. Built-ins come in by the same door as strangers.
 
-As a program, `python -m astracli.envs.registry NAME`, it says whether NAME can be used: importing a stranger's module
-is left to a process that ends.
+As a program, `python -m astracli.envs.registry NAME`, it says whether NAME can be used, and with a document on stdin
+whether it can be used with a recipe and a checkpoint: importing a stranger's module is left to a process that ends.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from astracli.config import doors
 from astracli.config.own_code import imported
 from astracli.errors import AstraError, UserError
 
 if TYPE_CHECKING:
+    from astracli.config.recipe import Recipe
     from astracli.envs.contract import Env
 
 GROUP = "astra.envs"
 """Entry points: name -> subclass of `Env`."""
 BUILT_IN = "single_turn"
+SHIPPED = (BUILT_IN, "tools")
 HOW_TO_ADD = (
     f"your own is `pkg.module:Class`, or a package with an entry point in `{GROUP}` that names a subclass of "
     "`astracli.envs.contract.Env`"
@@ -54,13 +59,23 @@ def _imported(spec: str) -> object:
 
 
 def validate(name: str) -> None:
-    """Raises UserError when a recipe's `rollout.env` cannot be used. A module that is not ours is imported in a
-    process."""
-    if name == BUILT_IN:
-        return
+    """Raises UserError when there is no such environment. A module that is not ours is imported in a process."""
+    if name not in SHIPPED:
+        _ask(name, "")
+
+
+def check(name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError when an environment cannot work with a recipe, the checkpoint in `folder` and a problem that
+    asks with these turns: its own reasons, and those of its tools and of the chat template."""
+    if name != BUILT_IN:
+        document = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "messages": [*map(dict, messages)]}
+        _ask(name, json.dumps(document))
+
+
+def _ask(name: str, document: str) -> None:
     command = [sys.executable, "-P", "-m", "astracli.envs.registry", name]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=IMPORT_S)
+        done = subprocess.run(command, input=document, capture_output=True, text=True, timeout=IMPORT_S)
         answer = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         raise UserError(f"rollout.env = `{name}`: its module was not imported in {IMPORT_S:g} s") from None
@@ -76,10 +91,39 @@ def validate(name: str) -> None:
 def main() -> None:
     refusal = None
     try:
-        find(sys.argv[1])
+        kind, document = find(sys.argv[1]), sys.stdin.read()
+        if document:
+            _try(kind, **json.loads(document))
     except AstraError as error:
         refusal = [error.message, error.hint]
     print(json.dumps(refusal))
+
+
+def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> None:
+    """Make an Env as a run does, and let it look at a problem."""
+    from astracli.config.recipe import Recipe
+    from astracli.data.prompts import Problem
+    from astracli.envs.contract import EnvSetup
+    from astracli.envs.prompt_tokens import PromptTokens
+    from astracli.models.adapter import load_tokenizer
+    from astracli.models.chat import ChatFormat
+
+    def no_grader(problem: Problem) -> Any:
+        raise UserError(f"rollout.env = `{sys.argv[1]}` grades before a run has begun")
+
+    chosen, tokenizer = Recipe.model_validate(recipe), load_tokenizer(Path(folder))
+    try:
+        env = kind(EnvSetup(chosen, tokenizer, no_grader, PromptTokens(tokenizer, ChatFormat.of(chosen))))
+        env.check(Problem("0", str(messages[-1]["content"]), "", messages=tuple(messages)))
+        env.close()
+    except AstraError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"rollout.env = `{sys.argv[1]}` cannot be made: {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno})"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from astracli.rewards.reward import Grade, GradeItem, GradePool
 if TYPE_CHECKING:
     from astracli.data.benchmarks import Benchmark
     from astracli.data.prompts import Problem
+    from astracli.engines.client import EngineClient
 
 _SHORT_TOKENS = 256
 """Up to here a completion is so short that one HTTP request carries several samples of an item."""
@@ -59,10 +60,12 @@ class EvalSample:
     tokens: np.ndarray
     """int32 [T]"""
     logprobs: np.ndarray
-    """float32 [T], after temperature (0: that of 1), before top-p"""
+    """float32 [N] of the drawn tokens, after temperature (0: that of 1), before top-p"""
     finish_reason: str
-    """`stop`, `length`, or `prompt_too_long`."""
+    """`stop`, `length`, `prompt_too_long`, or `error`: its environment has failed."""
     grade: Grade
+    loss_mask: np.ndarray | None = None
+    """bool [T]: the policy drew the token; None: all."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Result:
     wall_s: float
     grader: str = "math"
     """What judged the answers."""
+    episodes: bool = False
+    """Whether the samples are episodes of an environment: then its named figures have means."""
 
     def majority_at(self) -> dict[int, float]:
         """{k: majority@k}, see `votes`."""
@@ -90,7 +95,7 @@ class Result:
         """Everything countable, names with units; `pass_at` and `majority_at` by k."""
         score, total = self.score, max(1, len(self.samples))
         verdicts = [sample.grade.verdict for sample in self.samples]
-        tokens = sum(len(sample.tokens) for sample in self.samples)
+        tokens = sum(len(sample.logprobs) for sample in self.samples)
         return {
             "grader": self.grader,
             **full_figures(score),
@@ -98,13 +103,22 @@ class Result:
             "wall_s": round(self.wall_s, 3),
             "tokens": tokens,
             "response_tokens_mean": tokens / total,
-            "response_tokens_max": max((len(sample.tokens) for sample in self.samples), default=0),
+            "response_tokens_max": max((len(sample.logprobs) for sample in self.samples), default=0),
             "truncated_fraction": sum(sample.finish_reason == "length" for sample in self.samples) / total,
             "no_answer_fraction": self.no_answer_fraction,
             "timeouts": verdicts.count("timeout"),
             "errors": verdicts.count("error"),
             "prompts_too_long": sum(sample.finish_reason == "prompt_too_long" for sample in self.samples),
+            **(self._part_means() if self.episodes else {}),
         }
+
+    def _part_means(self) -> dict[str, float]:
+        """{`turns_mean`: ...}: of each named figure, over the samples that have it."""
+        found: dict[str, list[float]] = {}
+        for sample in self.samples:
+            for name, value in sample.grade.parts.items():
+                found.setdefault(f"{name}_mean", []).append(value)
+        return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
 
 def score_figures(score: passk.Score) -> dict[str, float | int]:
@@ -119,9 +133,10 @@ def full_figures(score: passk.Score) -> dict[str, Any]:
     return {**score_figures(score), "ci95_low": low, "ci95_high": high, "pass_at": passed}
 
 
-def sample_seed(seed: int, benchmark: str, problem_id: str, sample: int) -> int:
-    """63-bit seed of one sample's draws; the weight version has no part in it."""
-    return xxhash.xxh64_intdigest(f"{seed}\n{benchmark}\n{problem_id}\n{sample}".encode()) >> 1
+def sample_seed(seed: int, benchmark: str, problem_id: str, sample: int, turn: int = 0) -> int:
+    """63-bit seed of the draws of one turn of a sample; the weight version has no part in it."""
+    text = f"{seed}\n{benchmark}\n{problem_id}\n{sample}" + (f"\n{turn}" if turn else "")
+    return xxhash.xxh64_intdigest(text.encode()) >> 1
 
 
 Unit = tuple[int, int]
@@ -148,6 +163,9 @@ def _calls(
 class BenchmarkWork:
     """The samples of one benchmark at one version: those that are there, and the calls that bring the others."""
 
+    episodes = False
+    """Whether a sample is an episode of an environment."""
+
     def __init__(
         self,
         benchmark: Benchmark,
@@ -169,18 +187,23 @@ class BenchmarkWork:
         self.benchmark = benchmark
         self.n = samples or benchmark.samples
         self.total = self.n * len(benchmark.items)
-        self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
-        self._version, self._pass_k, self._on_samples = version, pass_k or benchmark.pass_k, on_samples
+        self._tokenizer, self._grader, self.sampling = tokenizer, grader, sampling
+        self.version, self._pass_k, self._on_samples = version, pass_k or benchmark.pass_k, on_samples
         self._places = {problem.id: place for place, problem in enumerate(benchmark.items)}
         places = self._places
         self._found = {
             (places[s.problem.id], s.sample): s for s in done_before if s.problem.id in places and s.sample < self.n
         }
-        self._prompts = [
-            chat_prompt_tokens(tokenizer, benchmark.messages(problem), sampling.chat) for problem in benchmark.items
-        ]
-        self.calls = _calls(len(self._prompts), self.n, self._found, sampling, max_concurrency, whole_calls)
+        self._whole = whole_calls
+        self._prepare()
+        self.calls = _calls(len(benchmark.items), self.n, self._found, sampling, max_concurrency, whole_calls)
         self._began = self._ended = time.monotonic()
+
+    def _prepare(self) -> None:
+        self._prompts = [
+            chat_prompt_tokens(self._tokenizer, self.benchmark.messages(problem), self.sampling.chat)
+            for problem in self.benchmark.items
+        ]
 
     @property
     def done(self) -> int:
@@ -191,20 +214,22 @@ class BenchmarkWork:
         """The first call is sent now."""
         self._began = self._ended = time.monotonic()
 
-    def requests(self, units: Sequence[Unit]) -> list[tuple[Unit, GenRequest]]:
-        """What to ask an engine; nothing for a unit whose prompt leaves no room."""
+    async def ask(self, units: Sequence[Unit], engine: EngineClient) -> list[tuple[Unit, Any]]:
+        """What an engine answers, None for what it has aborted; nothing for a unit whose prompt leaves no room. Raises
+        RunFailed when it does not answer."""
         rooms = {unit: self._room(unit) for unit in units}
-        return [(unit, self._request(unit, room)) for unit, room in rooms.items() if room > 0]
+        asked = [(unit, self._request(unit, room)) for unit, room in rooms.items() if room > 0]
+        answers = await engine.generate([request for _, request in asked]) if asked else []
+        pairs = zip(asked, answers, strict=True)
+        return [(unit, None if answer.finish_reason == "abort" else answer) for (unit, _), answer in pairs]
 
-    async def record(self, units: Sequence[Unit], answers: Sequence[tuple[Unit, GenResult]]) -> None:
+    async def record(self, units: Sequence[Unit], answers: Sequence[tuple[Unit, Any]]) -> None:
         """Grade and keep the answers, and with them what is not asked of `units`. Raises RunFailed when another version
         has answered."""
-        for _, answer in answers:
-            _check_version(answer, self._version)
         items = self.benchmark.items
-        done = [_unasked(items[p], i, self._version or 0) for p, i in units if self._room((p, i)) <= 0]
+        done = [_unasked(items[p], i, self.version or 0) for p, i in units if self._room((p, i)) <= 0]
         if answers:
-            done += await self._grade([(items[p], i) for (p, i), _ in answers], [answer for _, answer in answers])
+            done += await self._graded(answers)
         self._found.update({(self._places[sample.problem.id], sample.sample): sample for sample in done})
         self._ended = time.monotonic()
         if self._on_samples is not None and done:
@@ -215,13 +240,14 @@ class BenchmarkWork:
         ordered = [self._found[place, i] for place in range(len(self.benchmark.items)) for i in range(self.n)]
         right = [[s.grade.verdict == "right" for s in ordered[i : i + self.n]] for i in range(0, self.total, self.n)]
         score = passk.score(right, self._pass_k)
-        return Result(self.benchmark.name, score, ordered, self._ended - self._began, self.benchmark.grader)
+        wall_s = self._ended - self._began
+        return Result(self.benchmark.name, score, ordered, wall_s, self.benchmark.grader, self.episodes)
 
     def _room(self, unit: Unit) -> int:
-        return min(self._sampling.max_new_tokens, self._sampling.context_length - len(self._prompts[unit[0]]))
+        return min(self.sampling.max_new_tokens, self.sampling.context_length - len(self._prompts[unit[0]]))
 
     def _request(self, unit: Unit, room: int) -> GenRequest:
-        (place, sample), sampling = unit, self._sampling
+        (place, sample), sampling = unit, self.sampling
         return GenRequest(
             input_ids=self._prompts[place],
             max_new_tokens=room,
@@ -231,6 +257,12 @@ class BenchmarkWork:
             seed=sample_seed(sampling.seed, self.benchmark.name, self.benchmark.items[place].id, sample),
             stop=sampling.stop,
         )
+
+    async def _graded(self, answers: Sequence[tuple[Unit, Any]]) -> list[EvalSample]:
+        for _, answer in answers:
+            check_version(answer, self.version)
+        items = self.benchmark.items
+        return await self._grade([(items[p], i) for (p, i), _ in answers], [answer for _, answer in answers])
 
     async def _grade(self, asked: Sequence[tuple[Problem, int]], answers: Sequence[GenResult]) -> list[EvalSample]:
         texts = [self._tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True) for answer in answers]
@@ -249,7 +281,8 @@ class BenchmarkWork:
         ]
 
 
-def _check_version(reply: GenResult, version: int | None) -> None:
+def check_version(reply: GenResult, version: int | None) -> None:
+    """Raises RunFailed when another version than the evaluated one has answered; None: any may."""
     if version is None or (reply.version == version and reply.version_start == version):
         return
     other = reply.version if reply.version != version else reply.version_start

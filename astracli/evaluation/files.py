@@ -16,10 +16,10 @@ from astracli.data.benchmarks import Benchmark
 from astracli.evaluation import passk
 from astracli.evaluation.benchmark import EvalSample, Result, full_figures, score_figures
 from astracli.hub.types import Evaluation
+from astracli.process.atomic import write_atomic
 from astracli.rewards.reward import Grade
 from astracli.rl.sample_log import sample_line
 from astracli.runs import metrics, tables
-from astracli.runs.run_dir import write_atomic
 
 CSV_COLUMNS = (
     "step", "version", "benchmark", "items", "n", "avg_at_n", "stderr", "k", "pass_at_k", "due_step", "grader"
@@ -53,9 +53,10 @@ class Partial:
                 version=row["version"],
                 text=row["completion"],
                 tokens=np.array(row["tokens"], np.int32),
-                logprobs=np.array(row["logprobs"], np.float64),
+                logprobs=np.array([value for value in row["logprobs"] if value is not None], np.float64),
                 finish_reason=row["finish_reason"],
-                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {})),
+                grade=Grade(row["reward"], row["verdict"], "", row.get("parts", {}), row.get("notes", {})),
+                loss_mask=np.array(row["loss_mask"], bool) if "loss_mask" in row else None,
             )
             for row in metrics.read(self.path)
             if row["problem_id"] in problems and self.version in (None, row["version"])
@@ -136,7 +137,9 @@ def item_line(step: int, version: int, benchmark: str, sample: EvalSample) -> di
         reward=sample.grade.reward,
         verdict=sample.grade.verdict,
         parts=sample.grade.parts,
+        notes=sample.grade.notes,
         finish_reason=sample.finish_reason,
+        loss_mask=sample.loss_mask,
     )
 
 

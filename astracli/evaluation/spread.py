@@ -23,7 +23,6 @@ from astracli.evaluation.benchmark import BenchmarkWork, Result, Unit
 
 if TYPE_CHECKING:
     from astracli.engines.client import EngineClient
-    from astracli.engines.contract import GenResult
 
 PATIENCE_S = 900.0
 """How long a call may meet an engine that is away, or that aborts it again and again, before the evaluation ends."""
@@ -211,12 +210,10 @@ class _Spread:
         return share.filling
 
     async def _ask(self, share: Share, call: Call) -> None:
-        asked = call.work.requests(call.units)
         failure: RunFailed | None = None
-        answers: list[GenResult] = []
+        answers: list[tuple[Unit, Any]] = []
         try:
-            if asked:
-                answers = await share.engine.generate([request for _, request in asked])
+            answers = await call.work.ask(call.units, share.engine)
         except RunFailed as error:
             failure = error
         share.samples -= len(call.units)
@@ -224,9 +221,8 @@ class _Spread:
         if failure is not None:
             await self._give_back(share, call, failure)
         else:
-            pairs = [(unit, answer) for (unit, _), answer in zip(asked, answers, strict=True)]
-            finished = [(unit, answer) for unit, answer in pairs if answer.finish_reason != "abort"]
-            aborted = [unit for unit, answer in pairs if answer.finish_reason == "abort"]
+            finished = [(unit, answer) for unit, answer in answers if answer is not None]
+            aborted = [unit for unit, answer in answers if answer is None]
             await call.work.record([unit for unit in call.units if unit not in aborted], finished)
             self._tell()
             if aborted:

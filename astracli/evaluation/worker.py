@@ -21,27 +21,35 @@ import shutil
 import threading
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
+from astracli.config.recipe import Recipe
 from astracli.data import benchmarks
 from astracli.data.benchmarks import Benchmark
 from astracli.data.prompts import stop_token_ids
 from astracli.engines import registry as engines
 from astracli.engines.stops import StopStrings
+from astracli.envs import registry
+from astracli.envs.attempt import Failure
+from astracli.envs.contract import Env, EnvSetup
+from astracli.envs.prompt_tokens import PromptTokens
+from astracli.envs.time_limit import LoopWatch
 from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
+from astracli.evaluation.episodes import EpisodeWork
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
 from astracli.hub.types import Evaluation, Holders, NextEvaluation, SlotLimit
 from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
+from astracli.process.atomic import write_atomic
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool, Rewards, open_pools
-from astracli.runs.run_dir import write_atomic
 
 WAIT_S = 5.0
 """How long one question to the hub waits for another answer."""
@@ -59,6 +67,11 @@ class Evaluator:
     """By benchmark."""
     sampling: EvalSampling
     benchmarks: list[Benchmark]
+    envs: Mapping[str, Env] = field(default_factory=dict)
+    """By benchmark: the environment that plays its samples; none where a sample is one completion."""
+
+    def __post_init__(self) -> None:
+        self._shown: set[tuple[str, str, int]] = set()
 
     async def evaluate(self, partial: Path, *, greedy: bool = False, of_run: Evaluation | None = None) -> list[Result]:
         """Every benchmark of the recipe, over all engines: a run's as they hold the version, others once they are up.
@@ -80,6 +93,8 @@ class Evaluator:
                 client = clients[entry.name] = await stack.enter_async_context(made)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)
+            if self.envs:
+                stack.enter_context(LoopWatch(self.config.recipe.rollout.env_timeout_s))
             return await evaluate(
                 works,
                 clients,
@@ -97,7 +112,9 @@ class Evaluator:
         self, benchmark: Benchmark, version: int | None, partial: Path, greedy: bool, whole: bool
     ) -> BenchmarkWork:
         table, kept = self.config.recipe.eval, eval_files.Partial(partial, benchmark, version)
-        return BenchmarkWork(
+        env = self.envs.get(benchmark.name)
+        kind = BenchmarkWork if env is None else partial_of(EpisodeWork, env=env, on_failure=self._show)
+        return kind(
             benchmark,
             self.tokenizer,
             self.pools[benchmark.name],
@@ -110,6 +127,13 @@ class Evaluator:
             done_before=kept.read(),
             on_samples=kept.add,
         )
+
+    def _show(self, failure: Failure) -> None:
+        """Each kind of failure once, with its traceback."""
+        if failure.place not in self._shown:
+            self._shown.add(failure.place)
+            name = self.config.recipe.evaluation_env
+            self.reporter.warn(f"environment {name}: an episode failed and counts as wrong\n{failure.text}")
 
     def check_whole(self, when: Evaluation, partial: Path) -> None:
         """Raises RunFailed when samples of an evaluation are gone that no engine can be asked for again."""
@@ -174,6 +198,7 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
             benchmark.data,
             max_errors=recipe.most_reward_errors,
             on_error=lambda words: reporter.warn(f"the first error of a reward:\n{words}"),
+            on_excess=reporter.warn,
         )
         if benchmark.data is not None
         else Rewards.of(recipe.data.by(benchmark.grader))
@@ -181,12 +206,30 @@ def run(config: EvalConfig, reporter: Reporter) -> None:
     }
     with contextlib.ExitStack() as stack:
         pools = open_pools(stack, rewards)
-        evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets)
+        found = environments(recipe, tokenizer, pools) if recipe.evaluation_env != registry.BUILT_IN else {}
+        for env in found.values():
+            stack.callback(env.close)
+        evaluator = Evaluator(config, reporter, tokenizer, pools, sampling, sets, found)
         reporter.ready()
         if config.out is not None:
             evaluate_once(evaluator, config.out)
         else:
             follow_hub(evaluator)
+
+
+def environments(recipe: Recipe, tokenizer: Any, pools: Mapping[str, GradePool]) -> dict[str, Env]:
+    """The environment of each benchmark, with its rewards, and with a recipe in which rollouts have the lengths of
+    evaluations."""
+    rollout = recipe.rollout.model_copy(
+        update={"max_new_tokens": recipe.eval.max_new_tokens or recipe.rollout.max_new_tokens}
+    )
+    data = recipe.data.model_copy(update={"max_prompt_tokens": recipe.rollout.context_length})
+    changed, kind = recipe.model_copy(update={"rollout": rollout, "data": data}), registry.find(recipe.evaluation_env)
+
+    def made(pool: GradePool) -> Env:
+        return kind(EnvSetup(changed, tokenizer, lambda problem: pool, PromptTokens(tokenizer, ChatFormat.of(recipe))))
+
+    return {name: made(pool) for name, pool in pools.items()}
 
 
 def follow_hub(evaluator: Evaluator) -> None:

@@ -31,7 +31,8 @@ class _Use:
 
 @dataclass
 class SlotShares:
-    """`slots` of each engine (0: there is no limit), and the part of them that an evaluation gets. `clock` returns monotonic seconds."""
+    """`slots` of each engine (0: there is no limit), and the part of them that an evaluation gets. `clock` returns
+    monotonic seconds."""
 
     slots: int
     share: float

@@ -5,7 +5,10 @@ the fp32 accumulator: the product writes 2 bytes a parameter, the sum reads thos
 reads and writes the accumulator, 8 bytes instead of 12, and nothing is rounded to bf16 on the way. The functions below
 give autograd no gradient for such a weight. Other uses of it still go to the hook, which adds to the same accumulator.
 
-Shape letters: N rows of a product, O outputs, I inputs, V vocabulary, D hidden size.
+A frozen weight with an adapter (`LowRank`) takes the same way: its gradient is never made, only those of the two
+factors.
+
+Shape letters: N rows of a product, O outputs, I inputs, V vocabulary, D hidden size, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from astracli.kernels.cpu import linear as cpu
 
 _ATTRIBUTE = "gradient_sum"
 
@@ -39,6 +44,26 @@ class Accumulator:
             add_product(self._sums[self._name], left_NO, right_NI)
         else:
             self._sums[self._name] = product(left_NO, right_NI)
+
+
+class LowRank:
+    """The place of a frozen weight's gradient G [O, I], where the weight holds W + scale * B A: G goes into the sums of
+    the factors, scale * G A^T for B and scale * B^T G for A, by products that never make G."""
+
+    def __init__(self, sums: dict[str, Tensor], a: tuple[str, nn.Parameter], b: tuple[str, nn.Parameter], scale: float):
+        """`a` [R, I], `b` [O, R]: names in the sums, and fp32 parameters."""
+        self._sum_a, self._sum_b = Accumulator(sums, a[0]), Accumulator(sums, b[0])
+        self.factors = a[1], b[1]
+        self._scale = scale
+
+    def add_product(self, left_NO: Tensor, right_NI: Tensor) -> None:
+        """G += left^T right"""
+        a_RI, b_OR = ((factor.detach() * self._scale).to(right_NI.dtype) for factor in self.factors)
+        self._sum_b.add_product(left_NO, right_NI @ a_RI.t())
+        self._sum_a.add_product(left_NO @ b_OR, right_NI)
+
+
+Sum = Accumulator | LowRank
 
 
 def product(left_NO: Tensor, right_NI: Tensor) -> Tensor:
@@ -84,42 +109,67 @@ def _plain(module: Any) -> bool:
     return type(module) is nn.Linear
 
 
-def served(layer: Any) -> Accumulator | None:
+def adapt(layer: nn.Linear, place: LowRank) -> None:
+    """Let a linear layer whose frozen weight holds a merged adapter give its gradient to the adapter's factors."""
+    setattr(layer, _ATTRIBUTE, place)  # on the layer: where ranks share a weight, a pass sees another tensor
+    forward: Any = partial(_linear_forward, layer)
+    layer.forward = forward  # type: ignore[method-assign]
+
+
+def _of_layer(layer: Any) -> Sum | None:
+    """Where the gradient of a layer's weight goes, when it is asked for now and not autograd's business."""
+    adapter: LowRank | None = vars(layer).get(_ATTRIBUTE)
+    return adapter if adapter is not None and torch.is_grad_enabled() else of(layer.weight)
+
+
+def served(layer: Any) -> Sum | None:
     """The accumulator of a linear layer's weight; None when other code computes with that weight."""
     own = getattr(vars(layer).get("forward"), "func", None) is _linear_forward
-    return of(layer.weight) if own and not layer._forward_hooks and not layer._forward_pre_hooks else None
+    return _of_layer(layer) if own and not layer._forward_hooks and not layer._forward_pre_hooks else None
+
+
+def anchors(sums: Iterable[Sum]) -> list[nn.Parameter]:
+    """What a function takes besides its frozen weights, so that autograd calls its backward pass."""
+    return [factor for place in sums if isinstance(place, LowRank) for factor in place.factors]
 
 
 def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
-    if of(module.weight) is None:
-        return nn.functional.linear(x, module.weight, module.bias)
-    (result,) = _Linears.apply(x, [of(module.weight)], [module.bias], module.weight, module.bias)
+    place = _of_layer(module)
+    if place is None:
+        return _output(x, module.weight, module.bias)
+    (result,) = _Linears.apply(x, [place], [module.bias], module.weight, module.bias, *anchors([place]))
     return result
+
+
+def _output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None and not x.is_cuda and cpu.available():
+        return cpu.linear(x, weight)
+    return nn.functional.linear(x, weight, bias)
 
 
 def linears(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """Linear layers of one input: their outputs. Where all are served, the gradient of the input is added up inside
     the products too."""
-    sums = [served(layer) for layer in layers]
-    if None in sums:
+    sums = [place for layer in layers if (place := served(layer)) is not None]
+    if len(sums) < len(layers):
         return [layer(x) for layer in layers]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    return list(_Linears.apply(x, sums, biases, *weights, *biases))
+    return list(_Linears.apply(x, sums, biases, *weights, *biases, *anchors(sums)))
 
 
 class _Linears(torch.autograd.Function):
-    """(x [..., I], accumulators, biases, weights [O, I], biases [O] or None) -> outputs [..., O].
+    """(x [..., I], accumulators, biases, weights [O, I], biases [O] or None, `anchors`) -> outputs [..., O].
 
     `accumulators` ride along, not looked up in the backward pass: there a checkpointed block's weights are unpacked as
     other tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sums: list[Accumulator], biases: list[Tensor | None], *tensors: Any) -> Any:
+    def forward(ctx: Any, x: Tensor, sums: list[Sum], biases: list[Tensor | None], *tensors: Any) -> Any:
         weights = tensors[: len(sums)]
         ctx.save_for_backward(x, *weights)
         ctx.sums = sums
-        return tuple(nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return tuple(_output(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -129,16 +179,17 @@ class _Linears(torch.autograd.Function):
         d_x = input_gradient(grads_NO, weights).view_as(x) if ctx.needs_input_grad[0] else None
         for total, grad_NO in zip(ctx.sums, grads_NO, strict=True):
             total.add_product(grad_NO, x_NI)
-        wanted = ctx.needs_input_grad[3 + len(weights) :]
+        wanted = ctx.needs_input_grad[3 + len(weights) : 3 + 2 * len(weights)]
         d_biases = [grad.sum(0) if asked else None for grad, asked in zip(grads_NO, wanted, strict=True)]
-        return d_x, None, None, *([None] * len(weights)), *d_biases
+        others = len(ctx.needs_input_grad) - 3 - 2 * len(weights)
+        return d_x, None, None, *([None] * len(weights)), *d_biases, *([None] * others)
 
 
 def input_gradient(grads_NO: Sequence[Tensor], weights: Iterable[Tensor]) -> Tensor:
     """The sum of grad @ weight [N, I]: every product adds to the one before, which is rounded to the dtype."""
     total: Tensor | None = None
     for grad_NO, weight_OI in zip(grads_NO, weights, strict=True):
-        total = grad_NO @ weight_OI if total is None else total.addmm_(grad_NO, weight_OI)
+        total = _output(grad_NO, weight_OI.t(), None) if total is None else total.addmm_(grad_NO, weight_OI)
     assert total is not None
     return total
 
@@ -173,13 +224,16 @@ class _Embedding(torch.autograd.Function):
 
 
 class GatedMlp(torch.autograd.Function):
-    """(x [..., I], silu(gate) * up, its gradients, three accumulators, weights of gate, up and down) -> [..., I].
+    """(x [..., I], silu(gate) * up, its gradients, three accumulators, weights of gate, up and down, `anchors`) ->
+    [..., I].
 
     `fwd(gate, up)` -> product; `fwdbwd(gate, up, grad)` -> (d gate, d up, product): the product is not kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fwd: Any, fwdbwd: Any, sums: Any, gate: Any, up: Any, down: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, fwd: Any, fwdbwd: Any, sums: Any, gate: Any, up: Any, down: Any, *anchors: Any
+    ) -> Tensor:
         left, right = nn.functional.linear(x, gate), nn.functional.linear(x, up)
         ctx.save_for_backward(x, left, right, gate, up, down)
         ctx.fwdbwd, ctx.sums = fwdbwd, sums
@@ -198,4 +252,20 @@ class GatedMlp(torch.autograd.Function):
         of_gate.add_product(d_left, x_NI)
         of_up.add_product(d_right, x_NI)
         d_x = input_gradient((d_left, d_right), (gate, up)).view_as(x) if ctx.needs_input_grad[0] else None
-        return d_x, None, None, None, None, None, None
+        return d_x, *([None] * (len(ctx.needs_input_grad) - 1))
+
+
+class GatedProduct(torch.autograd.Function):
+    """(gate, up, the two functions of `GatedMlp`) -> silu(gate) * up: for an MLP of which some layers have no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, fwd: Any, fwdbwd: Any) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.fwdbwd = fwdbwd
+        product: Tensor = fwd(gate, up)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_gate, d_up, _ = ctx.fwdbwd(*ctx.saved_tensors, grads[0])
+        return d_gate, d_up, None, None

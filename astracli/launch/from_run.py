@@ -28,8 +28,9 @@ from astracli.errors import RunFailed, UserError
 from astracli.models import registry
 from astracli.models.adapter import read_config
 from astracli.models.checkpoint_files import TOKENIZER_FILES
+from astracli.process.atomic import write_atomic
 from astracli.runs import find as runs
-from astracli.runs.run_dir import ORIGIN, RunDir, write_atomic
+from astracli.runs.run_dir import ORIGIN, RunDir
 from astracli.training import best, checkpoint
 
 BEST = "best"
@@ -109,9 +110,9 @@ def exported_steps(run: RunDir) -> dict[int, Path]:
     return found
 
 
-def checked(recipe: Recipe, source: Source) -> Recipe:
+def checked(recipe: Recipe, source: Source, *, keep_optimizer: bool = False) -> Recipe:
     """The new run's recipe on the model of `source`, for its plan. Raises UserError when it is for another model: one
-    of another adapter, config or tokenizer."""
+    of another adapter, config or tokenizer; or when the optimizer's state is that of other parameters."""
     theirs = source.recipe.model
     if recipe.model.path not in (theirs.path, str(source.run.path / "initial")):
         _same_model(recipe, source)
@@ -119,12 +120,25 @@ def checked(recipe: Recipe, source: Source) -> Recipe:
     recipe = recipe.model_copy(update={"model": table})
     config = read_config(source.base)
     own, other = registry.resolve(recipe, config), registry.resolve(source.recipe, config)
+    _same_training(recipe, source, keep_optimizer)
     if own.name != other.name:
         raise UserError(
             f"`{source.run.path}` was trained with adapter `{other.name}`, this recipe takes `{own.name}`",
             f"`--set model.adapter={other.name}`",
         )
     return recipe
+
+
+def _same_training(recipe: Recipe, source: Source, keep_optimizer: bool) -> None:
+    """Raise UserError when the optimizer is to be kept, and would train other parameters: other adapters, or none."""
+    if not keep_optimizer or recipe.lora == source.recipe.lora:
+        return
+    said = [f"[lora] of rank {each.rank}" if each else "all weights" for each in (source.recipe.lora, recipe.lora)]
+    words = " and ".join(said) if said[0] != said[1] else f"{said[0]} of another kind"
+    raise UserError(
+        f"the optimizer of `{source.run.path}` cannot be kept: that run and this recipe train {words}",
+        "leave out the option: the new run then starts from the weights, adapters merged",
+    )
 
 
 def _same_model(recipe: Recipe, source: Source) -> None:
@@ -158,6 +172,8 @@ def take(recipe: Recipe, source: Source, run: RunDir, *, keep_optimizer: bool) -
     initial = initial_model(run)
     if source.kind == "export":
         shutil.copytree(source.path, initial, copy_function=_link)
+    elif keep_optimizer and recipe.lora is not None:  # the same adapters go on, and belong to the weights without them
+        shutil.copytree(source.base, initial, copy_function=_link, ignore=_folders)
     else:
         _export(source, initial)
     if keep_optimizer:
@@ -182,12 +198,17 @@ def _export(source: Source, out: Path) -> None:
         )
 
 
+def _folders(folder: str, names: list[str]) -> list[str]:
+    """What of a model's directory is no part of the model."""
+    return [name for name in names if os.path.isdir(os.path.join(folder, name))]
+
+
 def _link(source: str, target: str) -> None:
     """Weights get a second name, for their files are replaced and never changed in place; what a user may edit, and
     anything where the file system has no such names, is copied."""
     if source.endswith((".safetensors", ".bin")):
         with contextlib.suppress(OSError):
-            os.link(source, target)
+            os.link(os.path.realpath(source), target)  # a download may be a link itself
             return
     shutil.copy2(source, target)
 

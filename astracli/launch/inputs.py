@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from astracli.config import reading, recipe_data
 from astracli.config.benchmarks import get
 from astracli.config.recipe import Recipe
-from astracli.config.recipe_data import DataTable
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
+from astracli.launch import lora_inputs, problem_files, recipe_changes
 from astracli.machine.findings import Check
 from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
@@ -31,7 +31,7 @@ from astracli.plan.types import Command
 from astracli.process import ports
 from astracli.process.console import say
 from astracli.runs import metrics
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.data.prompts import Problem
@@ -53,9 +53,9 @@ class Inputs:
 class Ledger:
     """What the checks before a start refuse, by their names. What waits for a download is left until a start."""
 
-    def __init__(self, *, keep: bool):
-        """`keep`: keep a refusal and go on; otherwise it is raised."""
-        self._keep = keep
+    def __init__(self, *, keep: bool, resumed: RunDir | None = None):
+        """`keep`: keep a refusal and go on; otherwise it is raised. `resumed`: the run that goes on."""
+        self._keep, self._resumed = keep, resumed
         self.refused: list[tuple[str, UserError]] = []
 
     @contextlib.contextmanager
@@ -66,6 +66,8 @@ class Ledger:
             if not self._keep:
                 raise
         except UserError as error:
+            if self._resumed is not None:
+                recipe_changes.of_resume(error, self._resumed)
             if not self._keep:
                 raise
             self.refused.append((name, error))
@@ -78,24 +80,26 @@ def needs(recipe: Recipe, command: Command) -> tuple[bool, list[str]]:
     return command == "rollout", recipe.eval.benchmarks if command == "eval" else []
 
 
-def fetched(recipe: Recipe, *, data: bool, benchmarks: Sequence[str]) -> Inputs:
+def fetched(recipe: Recipe, *, data: bool, benchmarks: Sequence[str], resumed: RunDir | None = None) -> Inputs:
     """For a start: everything is checked, and downloaded where it has to be. Raises UserError with the first refusal.
-    `data`: the command reads training problems and grades with `data.reward`."""
-    inputs = prepare(recipe, Ledger(keep=False), data=data, benchmarks=benchmarks)
+    `data`: the command reads training problems and grades with `data.reward`; `resumed`: the run that goes on."""
+    inputs = prepare(recipe, Ledger(keep=False, resumed=resumed), data=data, benchmarks=benchmarks, resumed=resumed)
     assert inputs is not None
     return inputs
 
 
-def findings(recipe: Recipe, command: Command) -> list[Check]:
-    """What a start would refuse, in its words, found without a download."""
-    ledger = Ledger(keep=True)
+def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> list[Check]:
+    """What a start, or going on with a run, would refuse, in its words, found without a download."""
+    ledger = Ledger(keep=True, resumed=resumed)
     data, benchmarks = needs(recipe, command)
     with fetch.only_here():
-        prepare(recipe, ledger, data=data, benchmarks=benchmarks)
+        prepare(recipe, ledger, data=data, benchmarks=benchmarks, resumed=resumed)
     return [Check(name, "start", "fail", error.message, "", error.hint or "") for name, error in ledger.refused]
 
 
-def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[str]) -> Inputs | None:
+def prepare(
+    recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[str], resumed: RunDir | None = None
+) -> Inputs | None:
     """Every check, in the order in which a start makes them; None when one of them was refused and kept."""
     from astracli.data import benchmarks as sets
     from astracli.data import datasets
@@ -122,8 +126,13 @@ def prepare(recipe: Recipe, ledger: Ledger, *, data: bool, benchmarks: Sequence[
         for problem in first.values():
             check_turns(recipe, found, problem.messages)
         model = found
+    with ledger.check("environment"):
+        if model is not None:
+            check_envs(recipe, model, first, trains=data, evaluates=bool(benchmarks))
     with ledger.check("training data"):
-        left = decontaminated(recipe, paths, places) if paths else {}
+        left = problem_files.decontaminated(recipe, paths, places, resumed) if paths else {}
+        if resumed is not None:
+            problem_files.check(resumed, recipe, left)
     if model is None:
         return None
     if not has_chat_template(model):
@@ -163,8 +172,11 @@ def check_rewards(
     from astracli.rewards.reward import Rewards, validate_rewards
 
     wanted: list[tuple[Rewards, list[str] | None, str]] = []
+    if not trains and benchmarks:
+        envs.validate(recipe.evaluation_env)
     if trains:
-        envs.validate(recipe.rollout.env)
+        for each in {recipe.rollout.env, recipe.evaluation_env}:
+            envs.validate(each)
         for name, table in recipe_data.sets(recipe.data).items():
             columns = None if problems is None else list(problems[name].row) if name in problems else []
             wanted.append((Rewards.of(table), columns, f"source `{name}`" if name else "the training problems"))
@@ -180,12 +192,26 @@ def check_rewards(
             validate_rewards(rewards, columns, where)
 
 
+def check_envs(recipe: Recipe, folder: Path, first: Mapping[str, Problem], *, trains: bool, evaluates: bool) -> None:
+    """The environments work with the recipe, the checkpoint and the first problem. Raises UserError."""
+    from astracli.data.turns import PromptFormat
+
+    generated = PromptFormat.of(next(iter(recipe_data.sets(recipe.data).values()))).messages("1+1", {})
+    messages = next((problem.messages for problem in first.values()), generated)
+    wanted = [recipe.rollout.env] * trains + [recipe.evaluation_env] * evaluates
+    for name in dict.fromkeys(wanted):
+        envs.check(name, recipe, folder, messages)
+
+
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:
     """The checkpoint is whole, and one that trainer and engine compute rightly. Raises UserError."""
     config, rollout = read_config(folder), recipe.rollout
     obstacles = preflight.config_obstacles(config, recipe.model.path, rollout.context_length, rollout.max_new_tokens)
     preflight.refuse(obstacles)
-    preflight.refuse(checkpoint_files.file_obstacles(folder, config, registry.resolve(recipe, config)))
+    adapter = registry.resolve(recipe, config)
+    preflight.refuse(checkpoint_files.file_obstacles(folder, config, adapter))
+    if recipe.lora is not None:
+        lora_inputs.check(folder, recipe, adapter, config)
     check_tokenizer(folder)
 
 
@@ -243,65 +269,3 @@ def check_turns(recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, ob
             f"the chat template of `{recipe.model.path}` does not take these turns ({roles}): {error}",
             "see data.system, data.few_shot and model.template_args, and which roles the column of turns has",
         ) from None
-
-
-def pin_problems(run: RunDir, recipe: Recipe, paths: Mapping[str, Path | None]) -> None:
-    """Write down what a place in a training set means (`data.json`); a resume needs the same. Raises UserError."""
-    from astracli.data import datasets
-
-    tables = recipe_data.sets(recipe.data)
-    now = {}
-    for name, path in paths.items():
-        if path is not None:
-            problems = datasets.load(tables[name], path)
-            now[name] = {"path": str(path), "rows": len(problems), "fingerprint": problems.fingerprint}
-    file = run.path / "data.json"
-    if not now:
-        return
-    if not file.exists():
-        write_atomic(file, json.dumps(now[""] if list(now) == [""] else now, indent=2) + "\n")
-        return
-    then = json.loads(file.read_text(encoding="utf-8"))
-    then = {"": then} if "fingerprint" in then else then
-    for name, found in now.items():
-        if then[name]["fingerprint"] != found["fingerprint"]:
-            raise UserError(
-                f"the training problems are others than when `{run.path}` began: {then[name]['rows']} rows of "
-                f"`{then[name]['path']}` then, {found['rows']} of `{found['path']}` now",
-                "a resumed run goes on at its place in their order: put the old file back, or start a new run",
-            )
-
-
-def decontaminated(
-    recipe: Recipe, paths: Mapping[str, str | None], fetched: Mapping[str, str | None]
-) -> dict[str, Path | None]:
-    """The training problems to use, after `data.decontaminate`. Raises UserError when none would be left."""
-    from astracli.data import benchmarks as sets
-
-    written = [name for name, place in fetched.items() if place is not None and not get(name, recipe).held_out]
-    items = {}
-    if recipe.data.decontaminate != "off" and any(paths.values()):
-        items = {name: sets.load(name, fetched[name], recipe=recipe).items for name in written}
-    tables = recipe_data.sets(recipe.data)
-    return {name: _decontaminated(tables[name], path, items) if path else None for name, path in paths.items()}
-
-
-def _decontaminated(data: DataTable, path: str, items: Mapping[str, Sequence[Problem]]) -> Path:
-    """The file of one source, or one without the rows that are items of benchmarks."""
-    from astracli.data import datasets, decontamination
-
-    if not items:
-        return Path(path)
-    problems = datasets.load(data, path, "all")
-    found = decontamination.find(problems, items)
-    if not found:
-        return Path(path)
-    said = decontamination.summary(found, len(problems))
-    if data.decontaminate == "report":
-        say(f"warning: {said}; leave them out with `--set data.decontaminate=remove`")
-        return Path(path)
-    if len(found) == len(problems):
-        raise UserError(said, "nothing would be left to train on; train on another set")
-    say(f"{said}: left out")
-    folder = datasets.cache_dir() / "datasets"
-    return decontamination.write_without(Path(path), data.split, found, folder, config=data.config)

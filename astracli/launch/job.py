@@ -23,13 +23,14 @@ from astracli.launch.supervise import Supervisor
 from astracli.launch.usage import UsageLog
 from astracli.launch.watch import Watch, unharmed
 from astracli.plan.view import to_json
+from astracli.process.atomic import write_atomic
 from astracli.process.config import Role
 from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
 from astracli.report.page import data as report_data
 from astracli.runs import changes as run_changes
 from astracli.runs import metrics, names
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 from astracli.runs.status import State
 from astracli.training import best
 

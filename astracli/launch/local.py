@@ -12,9 +12,10 @@ from astracli.launch.forks import Forks
 from astracli.launch.launcher import Process, Started
 from astracli.plan.types import ProcessPlan
 from astracli.process import children
+from astracli.process.atomic import write_atomic
 from astracli.process.children import Child, ChildSpec, MemorySampler
 from astracli.process.config import EngineConfig
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 """The supervisor has fetched everything; a child that would ask the network is wrong."""

@@ -9,10 +9,10 @@ from astracli.config import recipe_data
 from astracli.errors import RunFailed, UserError
 from astracli.launch.configs import RunContext
 from astracli.launch.watch import unharmed
+from astracli.process.atomic import write_atomic
 from astracli.report import no_signal
 from astracli.rl.sample_log import group_line
 from astracli.runs import metrics
-from astracli.runs.run_dir import write_atomic
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore

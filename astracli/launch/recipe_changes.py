@@ -88,6 +88,12 @@ def has_weights(run: RunDir) -> bool:
     return (run.export / ORIGIN).is_file() or any(file.is_file() for file in whole)
 
 
+def of_resume(error: UserError, run: RunDir) -> UserError:
+    """What is refused before a run goes on, with a hint that recommends nothing which the resume then refuses."""
+    error.hint = resume_rules.completed(error.hint, "", run.path, weights=has_weights(run))
+    return error
+
+
 def resume_step(run: RunDir, recipe: Recipe) -> int:
     """Steps that the newest whole checkpoint has trained; 0 without one: the same run from its beginning."""
     status = run.status()

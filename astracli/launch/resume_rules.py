@@ -32,6 +32,7 @@ MAY_NOT: dict[str, str] = {
         PLACE,
     ),
     "rollout.env": "groups that are generated already were made by the run's own environment",
+    "env.": "groups that are generated already were made by the run's own environment",
     "rollout.engine": "groups that are generated already hold the log-probabilities of the run's own engine",
     "rollout.group_size": "groups that are generated already have the run's own size",
     "rollout.temperature": "groups that are generated already were drawn with it; the trainer divides by it",
@@ -40,6 +41,8 @@ MAY_NOT: dict[str, str] = {
     "train.batch_groups": "batches that the hub has fixed already have the run's own size",
     "train.betas": "the moments in the checkpoint were made with them",
     "train.row_boundaries": "an ablation is a run of its own",
+    "lora": "the checkpoint holds either all weights or adapters",
+    "lora.": "the checkpoint holds adapters of this shape, and their moments",
     "algorithm.": "the run would be trained on two objectives, and its figures before and after would not compare",
     "launch.deterministic": "the run began in the other mode: its bytes would be those of neither",
 }  # fmt: skip
@@ -53,6 +56,7 @@ MAY: frozenset[str] = frozenset(
         "data.code.file_mb", "data.code.processes",
         "rollout.max_new_tokens", "rollout.context_length", "rollout.max_running_requests", "rollout.running_ceiling.",
         "rollout.max_dropped_batches", "rollout.env_timeout_s",
+        "env.tool_timeout_s", "env.tool_memory_gib", "env.tool_processes", "env.tool_concurrency",
         "train.", "weights.", "eval.", "checkpoint.", "resources.", "launch.", "metrics.",
     }
 )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +15,10 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import from_run, job, recipe_changes, resume_rules
+from astracli.launch import from_run, job, problem_files, recipe_changes, resume_rules
 from astracli.launch.configs import RunContext
 from astracli.launch.from_run import Source
-from astracli.launch.inputs import Inputs, fetched, needs, pin_problems
+from astracli.launch.inputs import Inputs, fetched, needs
 from astracli.launch.job import Job
 from astracli.machine import read as machine_read
 from astracli.machine.facts import Machine
@@ -79,7 +81,7 @@ def train_run(
     if resume is not None:
         recipe, changes = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
     if source is not None:
-        recipe = from_run.checked(recipe, source)
+        recipe = from_run.checked(recipe, source, keep_optimizer=keep_optimizer)
     plan = _train_plan(recipe, resume, source)
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
@@ -89,12 +91,14 @@ def train_run(
             step = recipe_changes.resume_step(run, recipe)
         if source is not None:
             recipe = from_run.take(recipe, source, run, keep_optimizer=keep_optimizer)
-        inputs = _inputs(recipe, "train")
-        pin_problems(run, recipe, inputs.data)
+        inputs = _inputs(recipe, "train", run if resume is not None else None)
+        problem_files.pin(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
             from_run.forget(run)
             job.discard(run, there)
+        else:
+            run.unlock()
         raise
     initial = from_run.initial_checkpoint(run)
     code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial)
@@ -131,7 +135,8 @@ def evaluate(recipe: Recipe, *, as_json: bool = False, **options: Any) -> int:
         else:
             from astracli.report.summary_table import result_lines
 
-            print(plain("\n".join(result_lines(document))))
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            print(plain("\n".join(result_lines(document, width))))
             say(f"items and figures are in {run.eval}")
     elif code == 130:
         say(f"interrupted; go on with `astra eval --resume {run.path}`")
@@ -219,10 +224,10 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
     return plan
 
 
-def _inputs(recipe: Recipe, command: Command) -> Inputs:
+def _inputs(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> Inputs:
     """What the command reads, checked and on this machine. Raises UserError."""
     data, benchmarks = needs(recipe, command)
-    return fetched(recipe, data=data, benchmarks=benchmarks)
+    return fetched(recipe, data=data, benchmarks=benchmarks, resumed=resumed)
 
 
 def _train_plan(recipe: Recipe, resume: Path | None, source: Source | None) -> LaunchPlan:
@@ -233,7 +238,8 @@ def _train_plan(recipe: Recipe, resume: Path | None, source: Source | None) -> L
         same = f"--resume {resume}" if resume is not None else f"--from {source.text}" if source is not None else None
         if error.hint is None or same is None:
             raise
-        raise UserError(error.message, error.hint.replace(f"--recipe {recipe.name} ", f"{same} ")) from None
+        error = UserError(error.message, error.hint.replace(f"--recipe {recipe.name} ", f"{same} "))
+        raise (recipe_changes.of_resume(error, runs.existing(resume)) if resume is not None else error) from None
 
 
 def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:

@@ -157,7 +157,8 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
         "staleness_mean": mean(values(here, "staleness_mean")),
         f"{REWARD}_first": rewards[0] if rewards else None,
         f"{REWARD}_last": rewards[-1] if rewards else None,
-        "reward_means_by_source": by_source(here),
+        "reward_means_by_source": first_and_last(here, BY_SOURCE),
+        "reward_parts": first_and_last(here, BY_PART),
         "grad_norm_mean": mean(values(here, "grad_norm")),
         "checkpoint_s": sum(values(here, "checkpoint_s")),
         "export_s": sum(values(here, "export_s")),
@@ -166,13 +167,15 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
 
 BY_SOURCE = "arrived_reward_mean/"
 """Before the name of a training source, among several: the mean reward of its groups that arrived."""
+BY_PART = "arrived_parts/"
+"""Before the name of a reward, among several, or of a figure that a reward logs: its mean over all that arrived."""
 
 
-def by_source(records: Sequence[Record]) -> dict[str, list[float]]:
-    """First and last mean reward of each training source, of several."""
-    names = sorted({key for record in records for key in record if key.startswith(BY_SOURCE)})
-    found = {name.removeprefix(BY_SOURCE): values(records, name) for name in names}
-    return {name: [rewards[0], rewards[-1]] for name, rewards in found.items() if rewards}
+def first_and_last(records: Sequence[Record], prefix: str) -> dict[str, list[float]]:
+    """First and last value of each metric with a prefix, by what follows it."""
+    names = sorted({key for record in records for key in record if key.startswith(prefix)})
+    found = {name.removeprefix(prefix): values(records, name) for name in names}
+    return {name: [points[0], points[-1]] for name, points in found.items() if points}
 
 
 def slots_busy(records: Sequence[Record], first: int, end: int) -> dict[str, float]:

@@ -74,6 +74,15 @@ class MemoryShape:
     block_activations: tuple[int, ...] = ()
     """Per block, the bytes a token that autograd keeps in bf16, without recomputation and without the blocks' own
     inputs, as `prepare_gpu` leaves them. () = not known: estimated from the hidden size."""
+    adapters: int = 0
+    """Parameters of the LoRA adapters that a recipe asks for; 0 = all of the model's own are trained."""
+    adapted: int = 0
+    """Elements of the matrices with an adapter."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the optimizer updates."""
+        return self.adapters or self.parameters
 
     @property
     def kept_of_blocks(self) -> tuple[int, ...]:
@@ -133,6 +142,8 @@ class ModelAdapter:
     """config.json -> `{wire name: shape}` of every trained tensor, without a model; None = not known before loading."""
     delta_rule: Callable[[Mapping[str, Any], str], DeltaRule] | None = None
     """(config.json, device) -> the recurrent kernel that the trainer runs there; None without one."""
+    lora_targets: tuple[str, ...] = ()
+    """Last names of the linear layers that `lora.targets = "auto"` gives an adapter; () = every one in the blocks."""
     tiny_config: Callable[[], dict[str, Any]] | None = None
     """A config.json of a model of this family small enough for tests."""
 

@@ -17,6 +17,8 @@ from astracli.errors import UserError
 from astracli.models.adapter import MemoryShape, WireTensor
 
 Shapes = dict[str, tuple[int, ...]]
+DENSE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama-shaped block."""
 HEADER_BYTES = 100_000_000
 """Longest header that the format allows."""
 DTYPE_BITS = {

@@ -39,36 +39,65 @@ class ChatFormat:
         model = recipe.model
         return cls(model.thinking == "on", model.template_args, model.assistant_prefix, recipe.data.markup)
 
-    def tokens(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the prompt that these turns make, up to where the answer begins.
+    def tokens(
+        self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids of the prompt that these turns make, up to where the answer begins. `tools`: JSON schemas of
+        functions, for templates that take them.
 
         A tokenizer without a chat template gets the bare text of the turns.
         """
+        turns, back = self.hidden(tokenizer, messages)
+        bare = not has_template(tokenizer)  # what a template does not write, the tokenizer adds: BOS
+        return self.encoded(tokenizer, self.render(tokenizer, turns, tools=tools), back, begins=bare)
+
+    def render(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        generate: bool = True,
+    ) -> str:
+        """The text of some turns, with `generate` up to where the next answer begins. Raises what the template
+        raises."""
+        begins = self.assistant_prefix if generate else ""
+        if not has_template(tokenizer):
+            return bare_text(messages) + begins
+        options = {THINKING: self.thinking, **self.template_args}
+        given = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        rendered: str = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=generate, tokenize=False, **given, **options
+        )
+        return rendered + begins
+
+    def hidden(
+        self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+        """(the turns with a private character for each special token's name in them, {character: name})"""
         names = special_names(tokenizer) if self.markup == "text" else ()
         found = [name for name in names if any(name in str(turn["content"]) for turn in messages)]
         base = _free(messages)
         stands_for = {name: chr(base + number) for number, name in enumerate(found)}
-        text = self._text(tokenizer, [_replaced(turn, stands_for) for turn in messages]) + self.assistant_prefix
-        bare = not getattr(tokenizer, "chat_template", None)  # what a template does not write, the tokenizer adds: BOS
-        if not found:
-            return list((tokenizer(text) if bare else tokenizer(text, add_special_tokens=False))["input_ids"])
         back = {mark: name for name, mark in stands_for.items()}
+        return [_replaced(turn, stands_for) for turn in messages], back
+
+    def encoded(self, tokenizer: Any, text: str, back: Mapping[str, str], *, begins: bool = False) -> list[int]:
+        """Token ids of a text; private characters become the letters of the names that they stand for. `begins`: the
+        tokenizer adds what it puts before a text of its own."""
+        if not back:
+            return list((tokenizer(text) if begins else tokenizer(text, add_special_tokens=False))["input_ids"])
         ids: list[int] = []
         for number, part in enumerate(re.split(f"([{''.join(back)}])", text)):
             if part in back:
                 ids += _letters(tokenizer, back[part])
             elif part or not number:
-                ids += tokenizer(part, add_special_tokens=bare and not number)["input_ids"]
+                ids += tokenizer(part, add_special_tokens=begins and not number)["input_ids"]
         return ids
 
-    def _text(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-        if not getattr(tokenizer, "chat_template", None):
-            return bare_text(messages)
-        options = {THINKING: self.thinking, **self.template_args}
-        rendered: str = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, **options
-        )
-        return rendered
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def bare_text(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from astracli.errors import UserError
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, load_tokenizer
@@ -81,6 +81,43 @@ def _shards(folder: Path, tensors: Mapping[str, Any]) -> Iterator[Obstacle]:
     elif lost:
         message = f"checkpoint `{folder}`: {len(lost)} tensors of its index are in no shard, for example `{lost[0]}`"
         yield Obstacle("a whole checkpoint", message, again)
+
+
+def fingerprint(folder: Path) -> str:
+    """xxh3-128 of the bytes of a checkpoint's weights, file after file: other weights have another one."""
+    import xxhash
+
+    whole = xxhash.xxh3_128()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(_COMPARED_BYTES):
+                whole.update(chunk)
+    return whole.hexdigest()
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies in a directory."""
+
+    file: str
+    offset: int
+    """Bytes from the start of the file."""
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def places(folder: Path, adapter: ModelAdapter) -> dict[str, TensorPlace]:
+    """{wire name: where it lies} of every trained tensor in safetensors files."""
+    found: dict[str, TensorPlace] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        for name, entry in header.items():
+            wire = adapter.wire_name(name) if name != "__metadata__" else None
+            if wire is not None:
+                begin = 8 + size + int(entry["data_offsets"][0])
+                found[wire] = TensorPlace(file.name, begin, entry["dtype"], tuple(entry["shape"]))
+    return found
 
 
 # -- the output head ---------------------------------------------------------------------------------------------------

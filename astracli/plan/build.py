@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from astracli.backends.choice import BackendChoice
@@ -17,6 +17,7 @@ from astracli.errors import UserError
 from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import Component, MemoryRow
+from astracli.models import lora_targets
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
 from astracli.plan import hints, problems, prompts, staging
@@ -56,17 +57,24 @@ def build(
     None when it is not known."""
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
+    if shape is not None and known is not None:
+        shape = lora_targets.sized(shape, recipe.lora, adapter, known)
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
 
-    def fits(other: Recipe, lightly: bool) -> bool:
+    def fit(other: Recipe) -> hints.Fit:
         tried = replace(draft, asked=other).plan(lambda otherwise: otherwise)
-        blocked = any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems)
+        if any(problem.blocking and problem.kind in ("gpus", "memory") for problem in tried.problems):
+            return hints.Fit.NOT
         strained = tried.placement.short or any(each.short for each in tried.margins)
-        return not blocked and not (lightly and strained)
+        return hints.Fit.TIGHTLY if strained else hints.Fit.WELL
+
+    @cache  # several things may be too small
+    def settings() -> hints.Sets | None:
+        count = len(facts.visible_gpus)
+        return hints.find(recipe, command, count, fit) if count and draft.cuda else None
 
     def way_out(otherwise: str) -> str:
-        count = len(facts.visible_gpus)
-        sets = hints.find(recipe, command, count, fits) if count and draft.cuda else None
+        sets = settings()
         return f"run {hints.command_line(command, recipe.name, sets)}" if sets else otherwise
 
     plan = replace(draft.plan(way_out), prompts=prompts.words(recipe, chat_template))
@@ -281,8 +289,10 @@ class _Draft:
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:
+    adapters = {"adapter_parameters": shape.adapters} if shape.adapters else {}
     return {
         "parameters": shape.parameters,
+        **adapters,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
         "state_bytes_per_sequence": shape.state_bytes_per_sequence,
         "flops_per_trained_token": shape.flops_per_token,

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe
+from astracli.engines import registry as engines
 from astracli.machine.facts import Gpu
 from astracli.models.adapter import MemoryShape
 from astracli.process.layout import Split, recomputed
 
 PEAK = {
     **{"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148},
-    **{"A100": 312, "L40S": 362, "L40": 181, "B200": 2250, "B300": 2250},
+    **{"A100": 312, "L40S": 362, "RTX 4090": 165, "L40": 181, "B200": 2250, "B300": 2250},
 }
 """Dense bf16 TFLOP/s (vendor's data sheets) by a part of the GPU's name; the first that matches."""
 PEAK_OF = {"8.0": 312, "8.6": 150, "8.9": 181, "9.0": 989, "10.0": 2250, "10.3": 2250, "12.0": 210}
@@ -26,6 +29,8 @@ REACHED = 0.42
 """The part of the peak that passes reach when nothing is recomputed."""
 AGAIN = 0.3
 """How much longer a step takes when the backward pass recomputes all blocks."""
+FROZEN = 2 / 3
+"""What is left of the passes when the gradients of the weights, a third of all products, are not computed."""
 LINK = {8: 50e9, 9: 99e9}
 """Bytes/s between host and GPU, both directions together, by major compute capability: PCIe 5 x16 from 9 on (measured),
 PCIe 4 before (half of it)."""
@@ -46,18 +51,43 @@ class Pace:
 USUAL_PACE = Pace()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainerLoad:
-    """What a trainer computes, and on how many GPUs of which speed."""
+    """What a trainer computes, and on how many GPUs of which speed. Equal loads need the same memory and time."""
 
     recipe: Recipe
     shape: MemoryShape
     ranks: int
     pace: Pace = USUAL_PACE
 
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        """All of the recipe but what a search for settings changes and no trainer sees: the GPUs of each role and the
+        engine's settings."""
+        gpus = {"rollout_gpus", "train_gpus", "share_gpus"}
+        engine = {"max_running_requests", engines.of(self.recipe).name}
+        known = self.recipe.model_dump_json(exclude={"resources": gpus, "rollout": engine})
+        return known, self.shape, self.ranks, self.pace
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainerLoad) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
     @property
     def scores_reference(self) -> bool:
-        return self.recipe.algorithm.kl_coef > 0
+        """Whether it holds initial weights: those of the KL term, or of the matrices that adapters are merged into."""
+        return self.recipe.algorithm.kl_coef > 0 or bool(self.shape.adapters)
+
+    @property
+    def reference_bytes(self) -> int:
+        """Of the initial weights, a rank."""
+        return ceil(2 * (self.shape.adapted or self.shape.parameters) / self.ranks)
 
     def step_seconds(self, split: Split) -> float:
         """Passes and updates of a step, without what is the same for every split. A copy counts whole, even where it
@@ -65,11 +95,13 @@ class TrainerLoad:
         tokens = self.recipe.batch_sequences * TYPICAL * self.recipe.rollout.context_length
         mode = recomputed(self.recipe, split)
         again = AGAIN / RECOMPUTED_BLOCKS[mode] if mode != "none" else 0.0
-        passes = tokens * self.shape.flops_per_token / self.ranks / self.pace.flops * (1.0 + again)
-        share = self.shape.parameters / self.ranks
-        moments = self.recipe.train.minibatches * 2 * split.moments_on_host * 8 * share / self.pace.link
+        frozen = FROZEN if self.shape.adapters else 1.0
+        passes = frozen * tokens * self.shape.flops_per_token / self.ranks / self.pace.flops * (1.0 + again)
+        share, updates = self.shape.trained / self.ranks, self.recipe.train.minibatches
+        moments = updates * 2 * split.moments_on_host * 8 * share / self.pace.link
         moved = self.scores_reference and split.reference == "host"
-        reference = 2 * share / (self.pace.link / 2) if moved else 0.0
+        times = updates + (2 if self.recipe.algorithm.kl_coef else 0) if self.shape.adapters else 1
+        reference = times * self.reference_bytes / (self.pace.link / 2) if moved else 0.0
         return passes + moments + reference
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from astracli.machine.memory import MARGIN, MemoryRow, words
-from astracli.plan.memory import expected, on_gpu, total, with_margin
+from astracli.plan.memory import expected, on_gpu, total
 from astracli.plan.offload import Reason
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def margins(
     for gpu, names in gpu_map.items():
         planned = on_gpu(there, names)
         if gpu in sizes and planned:
-            needed = on_gpu(with_margin(there), names) - planned
+            needed = on_gpu(there, names, with_margin=True) - planned
             found.append(Margin(gpu, planned, needed, sizes[gpu] - planned))
     return tuple(found)
 

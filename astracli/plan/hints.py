@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import Enum, auto
 from itertools import accumulate
 from operator import or_
 from typing import Any
@@ -12,20 +13,30 @@ from astracli.engines import registry as engines
 
 Sets = dict[str, Any]
 """Dotted key -> value"""
-Accepted = Callable[[Recipe, bool], bool]
-"""(recipe, lightly): `lightly` demands the margin of its estimates too, and that no moments have to stay on the host,
-which costs time in every update."""
 
 
-def find(recipe: Recipe, command: str, gpus: int, accepted: Accepted) -> Sets | None:
-    """The fewest settings with which `accepted` takes the recipe on `gpus` GPUs; None when none of these does."""
-    for lightly in (True, False):
-        for placement in _placements(recipe, command, gpus):
-            for smaller in _smaller(recipe, command):
-                sets = placement | smaller
-                if sets and accepted(changed(recipe, sets), lightly):
-                    return _fewest(recipe, sets, accepted, lightly)
-    return None
+class Fit(Enum):
+    """How well a recipe fits a machine."""
+
+    NOT = auto()
+    TIGHTLY = auto()
+    """Without the margin of its estimates, or some moments have to stay on the host, which costs time in every
+    update."""
+    WELL = auto()
+
+
+def find(recipe: Recipe, command: str, gpus: int, fit: Callable[[Recipe], Fit]) -> Sets | None:
+    """The fewest settings with which the recipe fits `gpus` GPUs well, else tightly; None when it fits with none."""
+    tight: Sets | None = None
+    for placement in _placements(recipe, command, gpus):
+        for smaller in _smaller(recipe, command):
+            sets = placement | smaller
+            found = fit(changed(recipe, sets)) if sets else Fit.NOT
+            if found is Fit.WELL:
+                return _fewest(recipe, sets, lambda other: fit(other) is Fit.WELL)
+            if found is Fit.TIGHTLY and tight is None:
+                tight = sets
+    return _fewest(recipe, tight, lambda other: fit(other) is not Fit.NOT) if tight else None
 
 
 def command_line(command: str, name: str, sets: Sets) -> str:
@@ -45,11 +56,11 @@ def _with(table: Any, keys: list[str], value: Any) -> Any:
     return table.model_copy(update={name: _with(getattr(table, name), rest, value) if rest else value})
 
 
-def _fewest(recipe: Recipe, sets: Sets, accepted: Accepted, lightly: bool) -> Sets:
+def _fewest(recipe: Recipe, sets: Sets, accepted: Callable[[Recipe], bool]) -> Sets:
     """`sets` without those that are not needed."""
     for key in list(sets):
         fewer = {name: value for name, value in sets.items() if name != key}
-        if fewer and accepted(changed(recipe, fewer), lightly):
+        if fewer and accepted(changed(recipe, fewer)):
             sets = fewer
     return sets
 

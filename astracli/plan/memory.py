@@ -6,7 +6,6 @@ For engines see their memory model (`engines/memory.py`), for trainers `plan/tra
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from math import ceil
 
 from astracli.config.recipe import Recipe
@@ -31,14 +30,15 @@ def disk_rows(shape: MemoryShape, recipe: Recipe, checkpoint_bytes: int | None) 
     weights, keep = 2 * shape.parameters, recipe.weights.keep
     held = recipe.checkpoint.keep + 1 if recipe.checkpoint.every else 0
     held += 2 if recipe.checkpoint.best is not None else 0  # the best, and the one whose evaluation goes on
-    size = 12 * shape.parameters * held
+    size = 12 * shape.trained * held
     checkpoints = MemoryRow("trainer", Component.CHECKPOINTS, "disk", size, counts=(held,))
     if recipe.weights.transfer == "full":
         size = weights * (keep + 1)
         published = MemoryRow("trainer", Component.FULL_VERSIONS, "disk", size, counts=(keep + 1,))
     else:
         full = ceil(keep / recipe.weights.full_interval) + 1
-        size = int(weights * (full + DELTA_SHARE * keep))
+        part = 4 * shape.adapters if recipe.weights.transfer == "adapter" else DELTA_SHARE * weights
+        size = int(weights * full + part * keep)
         published = MemoryRow("trainer", Component.VERSIONS, "disk", size, "estimated", counts=(keep, full))
     exported = max(checkpoint_bytes or 0, weights)
     return [checkpoints, published, MemoryRow("trainer", Component.EXPORT, "disk", exported)]
@@ -59,10 +59,6 @@ def padded(row: MemoryRow) -> int:
     return safe(row.bytes) if row.basis == "estimated" else row.bytes
 
 
-def with_margin(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
-    return [replace(row, bytes=padded(row)) for row in rows]
-
-
 def total(
     rows: Sequence[MemoryRow], *, where: Place, processes: Sequence[str] | None = None, fixed: bool = False
 ) -> int:
@@ -74,8 +70,17 @@ def total(
     )
 
 
-def on_gpu(rows: Sequence[MemoryRow], processes: Sequence[str], *, fixed: bool = False) -> int:
-    """The most bytes that processes hold on their GPU at once. With time sharing, only one has what others offload."""
-    there = [row for row in rows if row.where == "gpu" and row.process in processes and (row.fixed or not fixed)]
-    by_process = [sum(row.bytes for row in there if row.away and row.process == name) for name in processes]
-    return sum(row.bytes for row in there if not row.away) + max(by_process, default=0)
+def on_gpu(
+    rows: Sequence[MemoryRow], processes: Sequence[str], *, fixed: bool = False, with_margin: bool = False
+) -> int:
+    """The most bytes that processes hold on their GPU at once. With time sharing, only one has what others offload.
+    `fixed`: of the fixed rows alone. `with_margin`: with the margin of what is estimated."""
+    always, by_turns = 0, dict.fromkeys(processes, 0)
+    for row in rows:
+        if row.where == "gpu" and row.process in by_turns and (row.fixed or not fixed):
+            size = padded(row) if with_margin else row.bytes
+            if row.away:
+                by_turns[row.process] += size
+            else:
+                always += size
+    return always + max(by_turns.values(), default=0)

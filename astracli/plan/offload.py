@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from astracli.config.recipe import Recomputed
@@ -50,14 +51,16 @@ class Choice:
     reasons: Sequence[Reason]
 
 
-def options(load: TrainerLoad) -> list[Split]:
+@lru_cache(64)  # a search for settings plans some hundred times, with few different loads
+def options(load: TrainerLoad) -> Sequence[Split]:
     """The splits that the recipe allows, the quickest first."""
     asked = load.recipe.train
     modes = MODES if asked.activation_checkpointing == "auto" else (asked.activation_checkpointing,)
     references: Sequence[Where] = ("gpu", "host") if load.scores_reference else ("gpu",)
     if asked.reference_device != "auto":
         references = (asked.reference_device,)
-    parts = {"auto": PARTS, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
+    some = (0.0,) if load.shape.adapters else PARTS  # moments of adapters are small
+    parts: Sequence[float] = {"auto": some, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
     splits = [Split(reference, part, mode) for reference in references for part in parts for mode in modes]
     return sorted(splits, key=load.step_seconds)
 
@@ -78,6 +81,7 @@ def recomputing(splits: Sequence[Split]) -> list[Split]:
     return [split for split in splits if split.recomputed == most]
 
 
+@lru_cache(2**14)  # of some hundred splits for each of those loads
 def trainer_needs(load: TrainerLoad, split: Split) -> tuple[int, int]:
     """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates)."""
     there = [row for row in expected(trainer_rows("trainer", load, "cuda", split)) if row.where == "gpu"]
@@ -116,8 +120,9 @@ def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[S
     )
     part = chosen.moments_on_host
     placed = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
-    if load.recipe.algorithm.kl_coef:
-        placed.insert(0, ("reference", asked.reference_device, chosen.reference, chosen.reference == "host"))
+    if load.scores_reference:
+        what = "weights without adapters" if load.shape.adapters else "reference"
+        placed.insert(0, (what, asked.reference_device, chosen.reference, chosen.reference == "host"))
     for what, asked_for, place, moved in placed:
         if moved or asked_for != "auto":
             reasons.append(Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
@@ -119,13 +120,19 @@ def _trainer(load: TrainerLoad, size: int | None, shared: bool, time_sharing: bo
         return Choice(split, False, [unknown] if load.recipe.train.activation_checkpointing == "auto" else [])
 
     def over(split: Split) -> int:
-        rows = trainer_rows("trainer", load, "cuda", split)
-        if time_sharing:
-            rows = time_shared(rows, {"trainer"})
-        return max(0, load.ranks * total(rows, where="host", fixed=True) - (host or 0))
+        return max(0, load.ranks * _on_host(load, split, time_sharing) - (host or 0))
 
     tries = _tries(load, size, every, shared, time_sharing)
     return choose(load, size, tries, over if host is not None else None)
+
+
+@lru_cache(2**14)
+def _on_host(load: TrainerLoad, split: Split, time_sharing: bool) -> int:
+    """Bytes that a rank needs of the host."""
+    rows = trainer_rows("trainer", load, "cuda", split)
+    if time_sharing:
+        rows = time_shared(rows, {"trainer"})
+    return total(rows, where="host", fixed=True)
 
 
 def _tries(load: TrainerLoad, size: int, every: Sequence[Split], shared: bool, time_sharing: bool) -> list[Try]:
@@ -150,7 +157,10 @@ def _tries(load: TrainerLoad, size: int, every: Sequence[Split], shared: bool, t
 
 STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
 """What stays on a GPU whoever uses it."""
-OFFLOADED = (Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE)
+OFFLOADED = (
+    Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE, Component.FROZEN_WEIGHTS,
+    Component.BASE, Component.ADAPTERS,
+)  # fmt: skip
 """What waits in host memory while the other uses the GPU; the rest is freed then."""
 
 
@@ -160,7 +170,7 @@ def time_shared(rows: Sequence[MemoryRow], names: Collection[str]) -> list[Memor
     result = []
     for row in rows:
         away = row.process in names and row.where == "gpu" and row.component not in STAYS
-        result.append(replace(row, away=away))
+        result.append(replace(row, away=True) if away else row)
         if away and row.component in OFFLOADED:
             result.append(MemoryRow(row.process, row.component, "host", row.bytes, offloaded=True))
     return result

@@ -40,7 +40,7 @@ def decide(
 
     def on_gpu(gpu: int) -> int:
         names = [process.name for process in processes if gpu in process.gpus]
-        return memory.on_gpu(memory.with_margin(with_versions("gpu")), names)
+        return memory.on_gpu(with_versions("gpu"), names, with_margin=True)
 
     gpus = {gpu for engine in engines for gpu in engine.gpus}
     rare = placement.shared and recipe.weights.transfer == "delta"  # the trainer makes more of the memory

@@ -16,7 +16,16 @@ from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
 from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, Component, MemoryRow
 from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import TrainerLoad
-from astracli.process.layout import BUCKET_BYTES, BUCKETS_IN_FLIGHT, LOGIT_BYTES, RESIDENT, Split, Where, recomputed
+from astracli.process.layout import (
+    BUCKET_BYTES,
+    BUCKETS_IN_FLIGHT,
+    LOGIT_BYTES,
+    MERGED_TOGETHER,
+    RESIDENT,
+    Split,
+    Where,
+    recomputed,
+)
 
 GATHERED = 14
 """Bytes a parameter of a block while its backward pass runs: it and the next block gathered in bf16 (2 each), the
@@ -24,6 +33,10 @@ buffer of the collective (2), bf16 gradients (2), the fp32 buffer that they are 
 before (2: half of it, on average)."""
 ALONE = 2
 """The same on one rank, which gathers and reduces nothing: bf16 gradients, each freed when it is added up."""
+FROZEN_GATHERED = 6
+"""`GATHERED` without gradients."""
+MERGING = 12
+"""Bytes of an element that an adapter is merged into: the sum, a product, and the matrix in fp32."""
 RECOMPUTED = 1.25
 """A block's backward pass over what autograd kept of it: gradients exist before their inputs are freed."""
 HOLES_SHARE = 0.03
@@ -42,16 +55,7 @@ def trainer_rows(
         return _on_cpu(name, load)
     shape, ranks = load.shape, load.ranks
     share = ceil(shape.parameters / ranks)
-    rows = [
-        MemoryRow(name, Component.MASTERS, "gpu", 4 * share),
-        MemoryRow(name, Component.GRADIENTS, "gpu", 4 * share),
-    ]
-    away = ceil(split.moments_on_host * 8 * share)
-    places: tuple[tuple[Where, int], ...] = (("gpu", 8 * share - away), ("host", away))
-    rows += [MemoryRow(name, Component.MOMENTS, where, part) for where, part in places if part]
-    if load.scores_reference:
-        # moved in for the scoring pass, it uses the room of the gradients, which are computed later
-        rows.append(MemoryRow(name, Component.REFERENCE, split.reference, 2 * share))
+    rows = _adapters(name, load, split) if shape.adapters else _whole(name, load, split)
     if ranks > 1:
         rows.append(MemoryRow(name, Component.GATHERED, "gpu", 2 * _outside(shape)))
     kept, peak = _passes(load, split)
@@ -60,7 +64,9 @@ def trainer_rows(
         MemoryRow(name, Component.ACTIVATIONS, "gpu", kept, known),
         MemoryRow(name, Component.BACKWARD, "gpu", peak, "estimated"),
     ]
-    if published == "gpu":
+    if load.recipe.weights.transfer == "adapter":  # the first version and others in full, straight to the host
+        rows.append(MemoryRow(name, Component.FULL_PUBLISHED, "host", 2 * share))
+    elif published == "gpu":
         # a version that finds no room comes to the host; so does the first one, before any training
         rows.append(MemoryRow(name, Component.PUBLISHED, "gpu", 4 * share, fixed=False))
         rows.append(MemoryRow(name, Component.FIRST_PUBLISHED, "host", 2 * share))
@@ -73,6 +79,39 @@ def trainer_rows(
     loading = max(0, 4 * shape.parameters - resident)
     rows.append(MemoryRow(name, Component.LOADING, "host", loading, "estimated"))
     return [*rows, *_checkpoint_copy_and_process(name, load)]
+
+
+def _whole(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
+    """What is trained, and what belongs to it, when all weights are."""
+    share = ceil(load.shape.parameters / load.ranks)
+    rows = [
+        MemoryRow(name, Component.MASTERS, "gpu", 4 * share),
+        MemoryRow(name, Component.GRADIENTS, "gpu", 4 * share),
+        *_moments(name, share, split),
+    ]
+    if load.scores_reference:
+        # moved in for the scoring pass, it uses the room of the gradients, which are computed later
+        rows.append(MemoryRow(name, Component.REFERENCE, split.reference, load.reference_bytes))
+    return rows
+
+
+def _adapters(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
+    """The same with adapters (training/lora.py): the model's weights are frozen, in bf16, and matrices with an adapter
+    are there twice. Every rank holds all adapters: parameters, masters and gradients."""
+    shape = load.shape
+    return [
+        MemoryRow(name, Component.FROZEN_WEIGHTS, "gpu", 2 * ceil(shape.parameters / load.ranks)),
+        MemoryRow(name, Component.BASE, split.reference, load.reference_bytes),
+        MemoryRow(name, Component.ADAPTERS, "gpu", 12 * shape.adapters),
+        *_moments(name, shape.adapters, split),
+    ]
+
+
+def _moments(name: str, count: int, split: Split) -> list[MemoryRow]:
+    """Of so many parameters."""
+    away = ceil(split.moments_on_host * 8 * count)
+    places: tuple[tuple[Where, int], ...] = (("gpu", 8 * count - away), ("host", away))
+    return [MemoryRow(name, Component.MOMENTS, where, part) for where, part in places if part]
 
 
 def context_bytes(ranks: int) -> int:
@@ -94,6 +133,15 @@ def _on_cpu(name: str, load: TrainerLoad) -> list[MemoryRow]:
         **({Component.REFERENCE_FP32: 4 * share} if load.scores_reference else {}),
         Component.LOGITS: 3 * logits,
     }
+    if shape.adapters:
+        sizes = {
+            Component.FROZEN_WEIGHTS_FP32: 4 * share,
+            Component.BASE: load.reference_bytes,
+            Component.ADAPTERS: 12 * shape.adapters,
+            Component.MOMENTS: 8 * shape.adapters,
+            Component.PUBLISHED: 4 * share,
+            Component.LOGITS: 3 * logits,
+        }
     return [
         *(MemoryRow(name, component, "host", size) for component, size in sizes.items()),
         MemoryRow(name, Component.ACTIVATIONS, "host", activations, "estimated", fixed=False),
@@ -107,7 +155,7 @@ def _checkpoint_copy_and_process(name: str, load: TrainerLoad) -> list[MemoryRow
     process = MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated")
     if not load.recipe.checkpoint.every or load.recipe.launch.deterministic:
         return [process]
-    size = 12 * ceil(load.shape.parameters / load.ranks)
+    size = 12 * (load.shape.adapters or ceil(load.shape.parameters / load.ranks))
     return [MemoryRow(name, Component.CHECKPOINT_COPY, "host", size, fixed=False), process]
 
 
@@ -144,11 +192,23 @@ def _passes(load: TrainerLoad, split: Split) -> tuple[int, int]:
     tokens, head, mode = _tokens(load), shape.vocab_size * shape.hidden_size, recomputed(load.recipe, split)
     kept, largest = (tokens * size for size in _of_a_token(shape, mode))
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
+    if shape.adapters:
+        return kept, _peak_with_adapters(load, logits, kept, largest, again=mode != "none")
     in_head = several * (4 + 2) * head + 3 * logits + 14 * shape.hidden_size * tokens
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
     again = RECOMPUTED if mode != "none" else RECOMPUTED - 1
     in_block = (GATHERED if several else ALONE) * block + int(again * largest) + several * 2 * head
     return kept, max(in_head, in_block, in_update(shape, load.ranks, split) - kept)
+
+
+def _peak_with_adapters(load: TrainerLoad, logits: int, kept: int, largest: int, *, again: bool) -> int:
+    """The largest temporary need when the weights are frozen: their gradients are not computed, so a block's backward
+    pass holds its activations, and on several ranks what is gathered of it; an update merges adapters."""
+    shape = load.shape
+    in_head = 3 * logits + 14 * shape.hidden_size * _tokens(load)
+    block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
+    in_block = (FROZEN_GATHERED * block if load.ranks > 1 else 0) + int((RECOMPUTED - (not again)) * largest)
+    return max(in_head, in_block, MERGING * MERGED_TOGETHER - kept)
 
 
 def in_update(shape: MemoryShape, ranks: int, split: Split) -> int:

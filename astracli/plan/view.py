@@ -23,8 +23,8 @@ def render(plan: LaunchPlan) -> list[TextTable]:
     """The plan as tables of text, for the terminal."""
     processes = []
     for p in plan.processes:
-        numbers = (p.threads, p.nice, p.restarts, p.children)
-        processes.append((p.name, p.module, ",".join(map(str, p.gpus)) or "-", *map(str, numbers)))
+        module, numbers = p.module.removeprefix("astracli."), (p.threads, p.nice, p.restarts, p.children)
+        processes.append((p.name, module, ",".join(map(str, p.gpus)) or "-", *map(str, numbers)))
     backends = [(b.what, b.choice, b.reason) for b in plan.choice.reasons]
     figures, kinds = ("figure", "value"), ("process", "what", "where", "size", "basis")
     tables = [

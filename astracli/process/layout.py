@@ -21,6 +21,8 @@ BUCKET_BYTES = 2**29
 one tensor it may be more."""
 BUCKETS_IN_FLIGHT = 3
 """Buckets of moments on the GPU at once: one comes, one is worked on, one leaves."""
+MERGED_TOGETHER = 2**22
+"""Elements of a matrix on a GPU that an adapter is merged into at once: what that needs in fp32 stays in its cache."""
 WITHOUT_PEERS = {"NCCL_P2P_DISABLE": "1"}
 """Environment of ranks that do not reach each other directly."""
 LIMIT_S = 60.0

@@ -43,13 +43,14 @@ def descendants(pid: int) -> "list[int]":
     """Every process below `pid`; empty where there is no /proc."""
     found, todo = [], [pid]
     while todo:
-        for child in _children(todo.pop()):
+        for child in children(todo.pop()):
             found.append(child)
             todo.append(child)
     return found
 
 
-def _children(pid: int) -> "list[int]":
+def children(pid: int) -> "list[int]":
+    """The processes that `pid` is the parent of."""
     found: list[int] = []
     try:
         for task in os.listdir(f"/proc/{pid}/task"):

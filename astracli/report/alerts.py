@@ -57,7 +57,8 @@ class Alerts:
             return None
         return (
             f"entropy collapsed, {now:.2g} nats a token, {first:.2g} at first: the samples of a group are hardly "
-            "different any more; a lower train.learning_rate or a KL term (algorithm.kl_coef) keeps them so for longer"
+            "different any more; a lower train.learning_rate keeps them so for longer, or in a new run a KL term "
+            "(algorithm.kl_coef)"
         )
 
     def _truncated(self, record: Mapping[str, Any]) -> str | None:

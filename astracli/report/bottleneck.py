@@ -140,7 +140,8 @@ def _words(seen: Bottleneck, setting: RunLayout) -> tuple[str, str]:
         words = f"engine and trainer share a GPU in time: {waited}, and {engines} stood still while it trained"
         return (
             words,
-            "a GPU of its own for each (resources.share_gpus=false), or larger train.batch_groups: fewer switches",
+            "a GPU of its own for each (resources.share_gpus=false), or fewer switches: a larger train.batch_groups in "
+            "a new run",
         )
     if seen.limit == "evaluation":
         held = f", and held them without rollouts {seen.held_share:.0%}" if seen.held_share else ""
@@ -167,8 +168,8 @@ def _faster_generation(setting: RunLayout, factor: float) -> str:
     ways = _more("resources.rollout_gpus" if setting.gpus else "resources.engines", setting.engines, factor, setting)
     if setting.allowed < setting.slots:
         ways.append(
-            f"a larger train.batch_groups or train.max_staleness: {setting.allowed} requests may be under way, the "
-            f"engines have room for {setting.slots}"
+            f"a larger train.max_staleness, or train.batch_groups in a new run: {setting.allowed} requests may be "
+            f"under way, the engines have room for {setting.slots}"
         )
     else:
         ways.append("a higher rollout.max_running_requests, if memory allows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,30 +11,63 @@ from typing import Any
 from astracli.report import run_files
 from astracli.runs import metrics
 from astracli.runs.changes import shown
+from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir
 from astracli.training.best import Score
 
 TAIL_BYTES = 1 << 19
 """Of metrics.jsonl, read for the newest reward."""
 REWARD_STEPS = 10
-REWARD = ("arrived_reward_mean", "reward_mean")
-"""Mean reward of a step: of all that arrived, else (no group came in during the step) of the trained batch."""
 NO_SETTING = ("name", "description", "expected", "model.made_by")
 MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def scores(run: RunDir) -> list[Score]:
-    """A run's evaluations, in the order of steps: `overall` of several benchmarks, else the one that there is."""
+def scores(run: RunDir, names: Sequence[str] = ()) -> list[Score]:
+    """A run's evaluations, in the order of steps: `overall` of several benchmarks, else the one that there is.
+
+    `names`: the mean over these alone, of the evaluations that have all of them.
+    """
     rows = run_files.eval_rows(run)
-    names = [name for name in rows if name != metrics.OVERALL]
-    name = metrics.OVERALL if len(names) > 1 else next(iter(names), None)
+    every = [name for name in rows if name != metrics.OVERALL]
+    if names and set(names) != set(every):
+        return _means({name: [Score.of(name, row) for row in rows[name]] for name in names})
+    name = metrics.OVERALL if len(every) > 1 else next(iter(every), None)
     if name is None:
         return []
     return [Score.of(name, row) for row in rows[name]]
 
 
+def _means(each: Mapping[str, Sequence[Score]]) -> list[Score]:
+    """The unweighted mean over some benchmarks at every step that has all of them."""
+    if len(each) == 1:
+        return list(*each.values())
+    by_step = [{score.step: score for score in of_one} for of_one in each.values()]
+    found = []
+    for step in sorted(set.intersection(*(set(steps) for steps in by_step))):
+        at = [steps[step] for steps in by_step]
+        stderr = math.sqrt(sum(score.stderr**2 for score in at)) / len(at)
+        mean = sum(score.avg_at_n for score in at) / len(at)
+        found.append(Score(metrics.OVERALL, step, min(score.n for score in at), mean, stderr))
+    return found
+
+
+def common_benchmarks(runs: Sequence[RunDir]) -> list[str]:
+    """Benchmarks that all evaluated ones of some runs have: their scores compare on these."""
+    each = [[name for name in run_files.eval_rows(run) if name != metrics.OVERALL] for run in runs]
+    evaluated = [names for names in each if names]
+    return [name for name in evaluated[0] if all(name in names for names in evaluated)] if evaluated else []
+
+
+def graders(runs: Sequence[RunDir], names: Sequence[str]) -> dict[str, list[str]]:
+    """What graded each of some benchmarks in each run, of those that were not graded alike. Old runs do not say."""
+    each = [run_files.eval_rows(run) for run in runs]
+    found = {name: [rows[name][-1].get("grader") or "" if name in rows else "" for rows in each] for name in names}
+    return {name: of for name, of in found.items() if len(set(of) - {""}) > 1}
+
+
 def newest_reward(run: RunDir) -> float | None:
-    """Mean reward over the newest `REWARD_STEPS` steps, from the end of metrics.jsonl; None before the first step."""
+    """Mean over the newest `REWARD_STEPS` steps of the reward of all that arrived, from the end of metrics.jsonl; None
+    before the first one."""
     if not run.metrics_jsonl.exists():
         return None
     with run.metrics_jsonl.open("rb") as file:
@@ -43,11 +77,8 @@ def newest_reward(run: RunDir) -> float | None:
 
 
 def rewards(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """[(step, mean reward)], in the order of steps."""
-    found: dict[int, float] = {}
-    for name in reversed(REWARD):
-        found |= dict(metrics.series(map(metrics.without_absent, map(dict, records)), name, "trainer"))
-    return sorted(found.items())
+    """[(step, reward of all that arrived)], in the order of steps; not of a step during which nothing arrived."""
+    return metrics.series(map(metrics.without_absent, map(dict, records)), REWARD, "trainer")
 
 
 def row(run: RunDir) -> dict[str, Any]:

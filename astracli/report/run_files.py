@@ -103,12 +103,16 @@ def follow(files: list[Path], going: Callable[[], bool], interval_s: float = 0.2
         time.sleep(interval_s)
 
 
-def samples(run: RunDir, *, outcomes: set[Outcome], step: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rollout samples in the order of writing; `outcomes` empty = all, else those that match any of them.
+def samples(source: RunDir | Path, *, outcomes: set[Outcome], step: int | None = None) -> Iterator[dict[str, Any]]:
+    """Rollout samples in the order of writing, of a run or of a file of `astra rollout`; `outcomes` empty = all, else
+    those that match any of them.
 
-    Where there are none (a directory of `astra eval`), the answers to its benchmarks.
+    Where a run has none (a directory of `astra eval`), the answers to its benchmarks.
     """
-    files = sorted(run.samples.glob("*.jsonl")) or sorted((run.eval / "items").glob("*.jsonl"))
+    if isinstance(source, Path):
+        files = [source]
+    else:
+        files = sorted(source.samples.glob("*.jsonl")) or sorted((source.eval / "items").glob("*.jsonl"))
     for file in files:
         for sample in metrics.read(file):
             if step is not None and sample.get("step") != step:

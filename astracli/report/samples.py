@@ -91,6 +91,7 @@ def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str,
     }
     for column in ("benchmark", "problem_id", "problem", "answer", "verdict", "finish_reason"):
         found[column] = [_place(texts, row.get(column)) for row in rows]
+    found["logged"] = [_place(texts, _logged(row)) for row in rows]
     found["completion"] = [_place(texts, row["completion"]) if decode is None else None for row in rows]
     found["tokens"] = [[_place(words, t) for t in _clipped(row.get("tokens") or [])] for row in rows]
     found["logprobs"] = [[_hundredths(p) for p in _clipped(row.get("logprobs") or [])] for row in rows]
@@ -98,6 +99,13 @@ def columns(rows: Sequence[Row], total: int, decode: Decode | None) -> dict[str,
     found["texts"] = list(texts)
     found["vocabulary"] = [decode(token) if decode else f"{token} " for token in words]
     return found
+
+
+def _logged(row: Row) -> str | None:
+    """What a sample's reward logged, in a line a text; None where it logged nothing."""
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in (row.get("parts") or {}).items())
+    lines = [parts, *(f"{name}: {text}" for name, text in (row.get("notes") or {}).items())]
+    return "\n".join(filter(None, lines)) or None
 
 
 def _hundredths(logprob: float | None) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from astracli.report import run_files
-from astracli.report.live import duration
+from astracli.report.live import duration, judged
 from astracli.runs import changes, metrics, names
 from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir
@@ -96,6 +96,8 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
             tail = [value for _, value in rewards[-LAST_STEPS:]]
             words += f"; {rewards[0][1]:.3g} at first, mean of the last {len(tail)} steps {metrics.mean(tail):.3g}"
         rows.append((names.words(REWARD), words))
+    if parts := _newest(records, "arrived_parts/"):
+        rows.append(("parts", ", ".join(f"{name} {value:.3g}" for name, value in parts.items()) + " of the reward"))
     newest_of = {
         name: points[-1][1]
         for name in ("entropy", "grad_norm", "lr", "staleness_mean", "tokens_per_s")
@@ -106,6 +108,13 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
     return rows
 
 
+def _newest(records: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """The newest value of each metric with a prefix, by what follows it."""
+    found = sorted({key for record in records for key in record if key.startswith(prefix)})
+    each = {name.removeprefix(prefix): metrics.values(records, name, "trainer") for name in found}
+    return {name: points[-1] for name, points in each.items() if points}
+
+
 def _evaluations(run: RunDir) -> list[tuple[str, str]]:
     """The last evaluation of each benchmark, and what the first one was."""
     found = []
@@ -114,8 +123,9 @@ def _evaluations(run: RunDir) -> list[tuple[str, str]]:
         if trend.benchmark == metrics.OVERALL and len(trends) == 2:
             continue
         before = f"; {trend.first:.3f} at step {trend.first_step}" if trend.first_step != trend.last_step else ""
-        words = f"{trend.benchmark} avg@{trend.n} {trend.last:.3f} ± {trend.stderr:.3f} pass@{trend.k} "
-        found.append(("evaluation", f"step {trend.last_step}: {words}{trend.pass_last:.3f}{before}"))
+        score = f"avg@{trend.n} {trend.last:.3f} ± {trend.stderr:.3f} pass@{trend.k} {trend.pass_last:.3f}"
+        name = judged(trend.benchmark, vars(trend))
+        found.append(("evaluation", f"step {trend.last_step}: {name} {score}{before}"))
     return found
 
 

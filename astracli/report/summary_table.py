@@ -13,6 +13,7 @@ from rich.text import Text
 from astracli.process.console import plain_values
 from astracli.report.live import duration, evaluated, judged, stderr_console
 from astracli.runs import changes
+from astracli.runs.names import REWARD
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None, *, wrap: bool | None = None) -> None:
@@ -30,6 +31,8 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None, *,
 
 
 FIGURE = len("0.352 ± 0.020")
+NAME = 20
+"""Columns that the name of a benchmark keeps on a narrow terminal."""
 KEY = 13
 """Columns of the names of rows."""
 
@@ -42,11 +45,12 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
     steps = tuple(evaluated(row["step"], row["due_step"]) for row in (rows[0]["first"], rows[0]["last"]))
     for heading in ("benchmark", "figure", *steps, "difference")[: 5 if len(sides) > 1 else 3]:
         words = heading in ("benchmark", "figure")
-        # names and figures stay whole; a heading such as `step 13 (due at 10)` may break between its words
-        least = max((len(row["benchmark"]) for row in rows), default=0) if heading == "benchmark" else FIGURE
+        # figures and a short name stay whole; what graded, or a heading such as `step 13 (due at 10)`, may break
+        named = min(NAME, max((len(row["benchmark"]) for row in rows), default=0))
+        least = {"benchmark": named, "difference": len(heading)}.get(heading, FIGURE)
         table.add_column(
             heading, justify="left" if words else "right", min_width=None if heading == "figure" else least,
-            no_wrap=words, overflow="fold",
+            no_wrap=heading == "figure", overflow="fold",
         )  # fmt: skip
     for row in rows:
         spread = [f"{row[side]['avg_at_n']:.3f} ± {row[side]['stderr']:.3f}" for side in sides]
@@ -67,6 +71,29 @@ def benchmark_table(summary: Mapping[str, Any]) -> Table:
                 change = f"{high - low:+.3f}" if low is not None and high is not None else ""
                 table.add_row("expected", label, *("" if v is None else f"{v:.3f}" for v in (low, high)), change)
     return table
+
+
+MOST_PARTS = 8
+"""Parts of the reward that the table names; metrics.jsonl has all."""
+
+
+def reward_rows(training: Mapping[str, Any], attempt: str) -> list[tuple[str, str]]:
+    """Reward of all that arrived at the first and the last step of this attempt, with its parts and by source."""
+
+    def words(found: Mapping[str, Sequence[float]]) -> str:
+        each = [f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in found.items()]
+        more = f", and {len(each) - MOST_PARTS} more" if len(each) > MOST_PARTS else ""
+        return ", ".join(each[:MOST_PARTS]) + more
+
+    rows = []
+    first, last = (training.get(f"{REWARD}_{end}") for end in ("first", "last"))
+    if first is not None and last is not None:
+        rows.append(("reward", f"{first:.3f} -> {last:.3f}, of all that arrived, first and last step{attempt}"))
+    if parts := training.get("reward_parts"):
+        rows.append(("parts", f"of the reward: {words(parts)}"))
+    if sources := training.get("reward_means_by_source"):
+        rows.append(("sources", f"reward: {words(sources)}"))
+    return rows
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -96,9 +123,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("prompts", "; ".join(f"{what} {how}" for what, how in prompts.items())))
     if skipped := (summary.get("groups") or {}).get("skipped"):
         facts.append(("left out", left_out_words(skipped)))
-    if sources := training.get("reward_means_by_source"):
-        each = ", ".join(f"{name} {first:.3f} -> {last:.3f}" for name, (first, last) in sources.items())
-        facts.append(("sources", f"mean reward, first and last step: {each}"))
+    facts += reward_rows(training, attempt)
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))
@@ -173,8 +198,11 @@ UNGRADED = {
 """Counts of an evaluation that are no verdicts about the model."""
 
 
-def result_lines(document: Mapping[str, Any]) -> list[str]:
-    """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then by k, then what was not graded."""
+def result_lines(document: Mapping[str, Any], width: int | None = None) -> list[str]:
+    """Figures of one evaluation (`eval/results.json`) as aligned text: a table, then by k, then what was not graded.
+
+    Where the table is wider than `width` columns, a benchmark a paragraph.
+    """
     greedy = document.get("greedy") or {}
     rows = [
         ("benchmark", "grader", "items", "avg@n", "95 %", "pass@k", "majority", "greedy", "tokens", "cut", "no answer")
@@ -203,8 +231,26 @@ def result_lines(document: Mapping[str, Any]) -> list[str]:
             f"{name}: {found[key]} samples count as wrong: {why}" for key, why in UNGRADED.items() if found.get(key)
         ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return table + by_k + lost
+    table = ["  ".join(cell.ljust(room) for cell, room in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if width is None or max(map(len, table)) <= width:
+        return table + by_k + lost
+    head, *each = rows
+    found_lines = [_paragraph(head, row) for row in each]
+    return [line for text in [*found_lines, *by_k, *lost] for line in _filled(text, width)]
+
+
+def _paragraph(head: Sequence[str], row: Sequence[str]) -> str:
+    """A row of the table in words: a figure that does not say its own name gets its heading."""
+    name, grader, *cells = row
+    named = {"items", "95 %", "greedy", "tokens", "cut", "no answer"}
+    figures = [
+        f"{title} {cell}" if title in named else cell for title, cell in zip(head[2:], cells, strict=True) if cell
+    ]
+    return f"{name}{f' ({grader})' if grader else ''}: {', '.join(figures)}"
+
+
+def _filled(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def bottleneck_words(found: Mapping[str, Any]) -> str:
@@ -224,7 +270,8 @@ def bottleneck_words(found: Mapping[str, Any]) -> str:
 def weight_words(weights: Mapping[str, Any]) -> str:
     words = [f"full {size(weights['full_bytes'])}"]
     if weights["delta_bytes_mean"]:
-        words.append(f"mean delta {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
+        what = "adapter" if weights["density_mean"] is None else "delta"
+        words.append(f"mean {what} {size(weights['delta_bytes_mean'])} ({weights['ratio']:.1f}x smaller)")
     if weights["density_mean"] is not None:
         words.append(f"{weights['density_mean']:.1%} of the values change in a version")
     if weights.get("bytes_per_changed_p50"):

@@ -3,7 +3,8 @@
 Three kinds of signatures are told apart by names alone:
 
 - one completion a call: `problem, answer, completion, messages, tokens, row, group` and columns of the row;
-- TRL's: `prompts, completions, completions_ids` and columns, each a list over the group; returns a list;
+- TRL's: `prompts, completions, completion_ids`, `log_extra, log_metric` and columns as lists over the group; returns a
+  list (`rewards.trl`);
 - verl's: `data_source, solution_str, ground_truth, extra_info`; or, in the plural, lists over the group.
 
 A name that is neither is refused, with the columns that there are.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from astracli.errors import UserError
+from astracli.rewards import trl
 from astracli.rewards.types import GradeItem, NoScoreError
 
 Style = Literal["one", "positional", "trl", "verl", "verl_batch"]
@@ -26,7 +28,7 @@ _ONE: dict[str, Callable[[GradeItem, Sequence[GradeItem]], Any]] = {
     "problem": lambda item, group: item.problem,
     "answer": lambda item, group: item.answer,
     "completion": lambda item, group: item.text,
-    "messages": lambda item, group: _messages(item),
+    "messages": lambda item, group: item.turns,
     "tokens": lambda item, group: list(item.tokens or ()),
     "row": lambda item, group: item.row,
     "group": lambda item, group: [other.text for other in group],
@@ -38,28 +40,12 @@ _VERL: dict[str, Callable[[GradeItem], Any]] = {
     "ground_truth": lambda item: _ground_truth(item),
     "extra_info": lambda item: item.row.get("extra_info", item.row),
 }
-_TRL = ("prompts", "completions", "completions_ids", "completion_ids")
-_HANDED = ("prompt", "completion", "completions_ids", "completion_ids")
-"""Columns that TRL does not hand over under `**columns`."""
 _SHORT = (("problem", "answer", "completion"), 3)
-
-
-def _messages(item: GradeItem) -> list[dict[str, Any]]:
-    return [dict(turn) for turn in item.messages] or [{"role": "user", "content": item.problem}]
 
 
 def _ground_truth(item: GradeItem) -> Any:
     held = item.row.get("reward_model")
     return held["ground_truth"] if isinstance(held, Mapping) and "ground_truth" in held else item.answer
-
-
-def is_chat(item: GradeItem) -> bool:
-    """Whether the row holds turns (a column `prompt` or `messages` that is a list of messages) and no plain text."""
-    for name in ("prompt", "messages"):
-        turns = item.row.get(name)
-        if isinstance(turns, list | tuple) and turns and all(isinstance(t, Mapping) and "role" in t for t in turns):
-            return True
-    return False
 
 
 @dataclass(frozen=True)
@@ -74,6 +60,8 @@ class Binding:
     """Whether it has `**columns`."""
     concurrent: bool
     """`async def`."""
+    asked: tuple[str, ...] = ()
+    """The column that holds what is asked (`data.question_field`): whether it is a text or turns."""
 
     @property
     def grouped(self) -> bool:
@@ -95,7 +83,7 @@ class Binding:
         if self.style == "positional":
             return []
         names = set(self.names)
-        tokens = names & {"tokens", "completions_ids", "completion_ids"} or (self.takes_all and self.grouped)
+        tokens = names & {"tokens", *trl.IDS} or (self.takes_all and self.grouped)
         plain = set(_ONE) - {"row"} | {"tokens"}
         row = self.takes_all or self.style != "one" or bool(names - plain)
         return [
@@ -104,13 +92,13 @@ class Binding:
             *(["row"] if row else []),
         ]
 
-    def call(self, items: Sequence[GradeItem], place: int = 0) -> Any:
-        """Call it for the item at `place` of a group, or for the whole group."""
+    def call(self, items: Sequence[GradeItem], place: int = 0, log: trl.Log | None = None) -> Any:
+        """Call it for the item at `place` of a group, or for the whole group. `log`: gets what TRL's functions log."""
         if self.style == "positional":
             item = items[place]
             return self.function(item.problem, item.answer, item.text)
         if self.style == "trl":
-            return self.function(**self._trl(items))
+            return self.function(**self._trl(items, log or trl.Log(len(items))))
         if self.style == "verl_batch":
             return self.function(**self._verl_batch(items))
         known = _ONE if self.style == "one" else {}
@@ -130,20 +118,11 @@ class Binding:
             given |= {name: read(item, items) for name, read in known.items()}
         return self.function(**given)
 
-    def _trl(self, items: Sequence[GradeItem]) -> dict[str, Any]:
-        chat = is_chat(items[0])
-        whole: dict[str, Any] = {
-            "prompts": [_messages(item) if chat else item.problem for item in items],
-            "completions": [[{"role": "assistant", "content": i.text}] if chat else i.text for i in items],
-            "completions_ids": [list(item.tokens or ()) for item in items],
-        }
-        whole["completion_ids"] = whole["completions_ids"]
-        columns = {name: [item.row.get(name) for item in items] for name in items[0].row if name not in _HANDED}
-        given = {
-            name: whole[name] for name in _TRL if name in self.names or (self.takes_all and name != "completion_ids")
-        }
+    def _trl(self, items: Sequence[GradeItem], log: trl.Log) -> dict[str, Any]:
+        whole, columns = trl.arguments(items, log, self.asked), trl.columns(items)
+        given = {name: whole[name] for name in trl.NAMES if name in self.names or self.takes_all}
         for name in self.names:
-            if name in columns:
+            if name in columns and name not in trl.LOGS:
                 given[name] = columns[name]
             elif name in _ONE and name != "completion":
                 given[name] = [_ONE[name](item, items) for item in items]
@@ -156,8 +135,11 @@ class Binding:
         return plural if self.takes_all else {name: plural[name] for name in self.names if name in plural}
 
 
-def bind(spec: str, function: Callable[..., Any], columns: Sequence[str] | None, where: str) -> Binding:
-    """How `function` is called. `columns`: of the rows of `where`, None when not known. Raises UserError."""
+def bind(
+    spec: str, function: Callable[..., Any], columns: Sequence[str] | None, where: str, asked: Sequence[str] = ()
+) -> Binding:
+    """How `function` is called. `columns`: of the rows of `where`, None when not known; `asked`: the one that holds the
+    question. Raises UserError."""
     concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", 0))  # noqa: B004
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -171,7 +153,7 @@ def bind(spec: str, function: Callable[..., Any], columns: Sequence[str] | None,
     if _by_position(parameters, required):
         return Binding(function, "positional", (), (), False, concurrent)
     style: Style = "one"
-    if names & {"completions", "prompts"}:
+    if names & {"completions", "prompts", "environments", *trl.IDS}:
         style = "trl"
     elif "solution_str" in names:
         style = "verl"
@@ -182,7 +164,7 @@ def bind(spec: str, function: Callable[..., Any], columns: Sequence[str] | None,
             f"reward `{spec}` has parameters without names ({inspect.signature(function)}), they are bound by name",
             "leave the `/` out, or take exactly three: problem, answer, completion",
         )
-    binding = Binding(function, style, required, optional, takes_all, concurrent)
+    binding = Binding(function, style, required, optional, takes_all, concurrent, tuple(asked))
     if columns is not None:
         _check(spec, binding, columns, where)
     return binding
@@ -202,7 +184,7 @@ def _by_position(parameters: Sequence[inspect.Parameter], required: Sequence[str
 def _check(spec: str, binding: Binding, columns: Sequence[str], where: str) -> None:
     known: dict[Style, Sequence[str]] = {
         "one": list(_ONE),
-        "trl": [*_TRL, *(name for name in _ONE if name != "completion")],
+        "trl": [*trl.NAMES, *(name for name in _ONE if name != "completion")],
         "verl": list(_VERL),
         "verl_batch": [f"{name}s" for name in _VERL],
     }
@@ -211,6 +193,9 @@ def _check(spec: str, binding: Binding, columns: Sequence[str], where: str) -> N
     absent = [name for name in binding.required if name not in usable]
     if not absent:
         return
+    if binding.style == "trl" and (of_trl := next((name for name in absent if name in trl.ABSENT), None)):
+        what, hint = trl.ABSENT[of_trl]
+        raise UserError(f"reward `{spec}` has the parameter `{of_trl}`: {what}", hint)
     near = difflib.get_close_matches(absent[0], usable, n=1)
     meant = f"did you mean `{near[0]}`? " if near else ""
     there = ", ".join(f"`{name}`" for name in columns) or "none"

@@ -14,7 +14,7 @@ from astracli.errors import RunFailed, UserError
 from astracli.process.sandbox import Limits, Sandbox
 from astracli.rewards.builtin import MATH
 from astracli.rewards.channel import GarbledError, OwnerEnd
-from astracli.rewards.scores import DETAIL_CHARACTERS, MOST_PARTS, Scored, printable
+from astracli.rewards.scores import DETAIL_CHARACTERS, MOST_PARTS, NOTE_CHARACTERS, Scored, printable
 from astracli.rewards.types import GradeItem
 
 MATH_MEMORY_BYTES = 4 << 30
@@ -34,6 +34,8 @@ class RewardSetting:
     concurrency: int = 16
     maximum: float | None = None
     """None: what the reward declares."""
+    asked: str = "problem"
+    """`data.question_field`: TRL's functions get chat turns where it holds them."""
     memory_bytes: int | None = None
     grading: Mapping[str, Any] = field(default_factory=dict)
     """The table `data.grading`, for mathematics."""
@@ -80,6 +82,7 @@ class Process:
             "code": dict(setting.code),
             "columns": None if self._columns is None else list(self._columns),
             "where": self._where,
+            "asked": [setting.asked],
         }
         try:
             self.channel.send(hello, setting.start_s)
@@ -128,13 +131,18 @@ def item_fields(item: GradeItem, needs: Sequence[str]) -> tuple[Any, ...]:
 
 def score_of(frame: object) -> tuple[int, int, Scored] | None:
     """(job, place, score) of a frame; None when it is no such thing."""
-    if not isinstance(frame, list) or len(frame) != 6:
+    if not isinstance(frame, list) or len(frame) != 7:
         return None
-    number, place, reward, state, detail, logged = frame
+    number, place, reward, state, detail, logged, notes = frame
     if type(number) is not int or type(place) is not int or type(reward) not in (float, int) or state not in _STATES:
         return None
     if type(detail) is not str or not isinstance(logged, dict) or len(logged) > MOST_PARTS:
         return None
     if not all(type(key) is str and type(value) is float for key, value in logged.items()):
         return None
-    return number, place, Scored(float(reward), state, printable(detail[: 2 * DETAIL_CHARACTERS]), logged)
+    if not isinstance(notes, dict) or len(notes) > MOST_PARTS:
+        return None
+    if not all(type(key) is str and type(value) is str for key, value in notes.items()):
+        return None
+    told = {printable(key): printable(value[:NOTE_CHARACTERS]) for key, value in notes.items()}
+    return number, place, Scored(float(reward), state, printable(detail[: 2 * DETAIL_CHARACTERS]), logged, told)

@@ -29,6 +29,7 @@ from astracli.rewards.grading import algebra
 from astracli.rewards.grading.conventions import DEFAULTS, Conventions
 from astracli.rewards.loading import load_reward
 from astracli.rewards.scores import Scored
+from astracli.rewards.trl import Log
 from astracli.rewards.types import GradeItem, NoScoreError
 
 EXTRACTIONS: dict[str, grader.Extraction] = {"math": "boxed_or_last_number", "math_boxed": "boxed"}
@@ -70,7 +71,8 @@ class _Ours:
     def grade(self, items: Sequence[GradeItem]) -> Iterator[Scored]:
         """A score for every item, in order. An exception of the reward is the verdict `error`."""
         if self.binding.grouped:
-            yield from self._guarded(lambda: scores.many(self.binding, self._call(items, 0), len(items)), len(items))
+            log, count = Log(len(items)), len(items)
+            yield from self._guarded(lambda: scores.many(self.binding, self._call(items, 0, log), count, log), count)
             return
         for place in range(len(items)):
             yield from self._guarded(partial(self._one, items, place), 1)
@@ -78,8 +80,8 @@ class _Ours:
     def _one(self, items: Sequence[GradeItem], place: int) -> list[Scored]:
         return [scores.one(self.binding, self._call(items, place))]
 
-    def _call(self, items: Sequence[GradeItem], place: int) -> Any:
-        returned = self.binding.call(items, place)
+    def _call(self, items: Sequence[GradeItem], place: int, log: Log | None = None) -> Any:
+        returned = self.binding.call(items, place, log)
         if inspect.isawaitable(returned):  # a plain function around an `async def`
 
             async def awaited() -> Any:
@@ -126,13 +128,13 @@ class _Concurrent:
                 task.add_done_callback(self._tasks.discard)
 
     async def _grade(self, job: int, items: Sequence[GradeItem], place: int) -> None:
-        count = len(items) if self._binding.grouped else 1
+        count, log = len(items) if self._binding.grouped else 1, Log(len(items))
         async with self._free:
             try:
                 async with asyncio.timeout(self._timeout_s * count) as limit:
-                    returned = await self._binding.call(items, place)
+                    returned = await self._binding.call(items, place, log)
                 found = (
-                    scores.many(self._binding, returned, count)
+                    scores.many(self._binding, returned, count, log)
                     if self._binding.grouped
                     else [scores.one(self._binding, returned)]
                 )
@@ -153,7 +155,9 @@ def serve(channel: WorkerEnd) -> None:
         return
     spec, timeout_s, send = str(hello["spec"]), float(hello["timeout_s"]), channel.send
     try:
-        binding = None if spec in BUILTIN else bind(spec, load_reward(spec), hello["columns"], hello["where"])
+        binding = (
+            None if spec in BUILTIN else bind(spec, load_reward(spec), hello["columns"], hello["where"], hello["asked"])
+        )
         maximum = 1.0 if binding is None else _maximum(spec, binding)
     except UserError as error:
         if error.__cause__ is not None:

@@ -7,9 +7,9 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, cast
 
+from astracli.config import doors
 from astracli.config.own_code import imported
 from astracli.errors import UserError
 from astracli.rewards.builtin import BUILTIN
@@ -36,7 +36,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
 
 
 def _installed(name: str) -> object:
-    points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    points = {point.name: point for point in doors.points(ENTRY_POINT_GROUP)}
     if name in points:
         try:
             return cast(object, points[name].load())

@@ -39,6 +39,8 @@ class Rewards:
     """Samples in a row whose grading may fail; 0: no limit."""
     on_error: Callable[[str], None] = field(default=lambda words: None)
     """Gets the first error of a pool, with its traceback. Called once, from any thread."""
+    on_excess: Callable[[str], None] = field(default=lambda words: None)
+    """Told when a reward is larger than it can be: `right` then begins too low. Called once, from any thread."""
 
     @classmethod
     def of(cls, data: DataTable, **settings: Any) -> Rewards:
@@ -51,6 +53,7 @@ class Rewards:
             memory_bytes=None if data.reward_memory_gib is None else int(data.reward_memory_gib * (1 << 30)),
             grading=data.grading.model_dump(),
             code=data.code.model_dump(),
+            asked=data.question_field,
         )
         each = [
             replace(
@@ -158,21 +161,23 @@ class GradePool:
         named = list(zip(self._graders, scores, strict=True))
         total = 0.0
         parts: dict[str, float] = {}
+        notes: dict[str, str] = {}
         for graders, scored in named:
             prefix = f"{graders.setting.name}/" if graders.setting.name else ""
             if scored.state != "absent":
                 total += graders.setting.weight * scored.reward
                 parts |= {graders.setting.name: scored.reward} if graders.setting.name else {}
             parts |= {f"{prefix}{name}": value for name, value in scored.logged.items()}
+            notes |= {f"{prefix}{name}": value for name, value in scored.notes.items()}
         states = {scored.state for scored in scores}
         detail = next(
             (_named(g, s) for g, s in named if s.state == "error" or (s.detail and "error" not in states)), ""
         )
         if not math.isfinite(total):
-            return Grade(0.0, "error", f"the weighted sum of the rewards is {total}", parts)
+            return Grade(0.0, "error", f"the weighted sum of the rewards is {total}", parts, notes)
         if states == {"absent"}:
-            return Grade(0.0, "error", "no reward applies to this row: each returned None", parts)
-        return Grade(total, self._verdict(states, total), detail, parts)
+            return Grade(0.0, "error", "no reward applies to this row: each returned None", parts, notes)
+        return Grade(total, self._verdict(states, total), detail, parts, notes)
 
     def _verdict(self, states: set[str], total: float) -> Verdict:
         if "error" in states:
@@ -192,10 +197,21 @@ class GradePool:
             if first:
                 self.first_error = grade.detail
             count, most = self._failed_in_a_row, self._rewards.max_errors
+            over = self._rewards.right_at is None and not self._over_said and grade.reward > self.right_at + _NEARLY
+            self._over_said |= over
+        if over:
+            self._rewards.on_excess(self._excess(grade.reward))
         if first:
             self._rewards.on_error(grade.detail)
         if most and count >= most:
             raise RunFailed(*self._too_many(count, grade))
+
+    def _excess(self, reward: float) -> str:
+        names = ", ".join(f"`{each.setting.spec}`" for each in self._graders)
+        return (
+            f"reward {names} gave {reward:g}, and its maximum is {self.right_at:g}, from which on a sample counts as "
+            "right: declare `maximum` (docs/rewards.md), or set data.right_at in a new run"
+        )
 
     def _too_many(self, count: int, last: Grade) -> tuple[str, str]:
         names = ", ".join(f"`{each.setting.spec}`" for each in self._graders)

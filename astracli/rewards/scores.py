@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from astracli.rewards.binding import Binding
+from astracli.rewards.trl import Log
 from astracli.rewards.types import NoScoreError
 
 DETAIL_CHARACTERS = 4000
 """Of an error's traceback: its beginning and its end."""
 MOST_PARTS = 64
-"""Figures that a reward may log beside its score."""
+"""Figures that a reward may log beside its score, and texts besides."""
+NAME_CHARACTERS, NOTE_CHARACTERS = 100, 1000
+"""Of the name and the text of what is logged; the rest of a longer one is left out."""
 
 
 class Scored(NamedTuple):
@@ -24,6 +27,7 @@ class Scored(NamedTuple):
     """`scored`, `right`, `wrong`, `no_answer`, `timeout`, `error`, or `absent`: it does not apply to the row."""
     detail: str = ""
     logged: dict[str, float] = {}  # noqa: RUF012, never written to
+    notes: dict[str, str] = {}  # noqa: RUF012, never written to
 
 
 def failed(error: BaseException) -> Scored:
@@ -71,8 +75,9 @@ def one(binding: Binding, returned: Any) -> Scored:
     return Scored(_number(returned), "scored")
 
 
-def many(binding: Binding, returned: Any, count: int) -> list[Scored]:
-    """The scores of a group. Raises NoScoreError. None in the list: the reward does not apply to that row (TRL)."""
+def many(binding: Binding, returned: Any, count: int, log: Log | None = None) -> list[Scored]:
+    """The scores of a group, with what was logged of it. Raises NoScoreError. None in the list: the reward does not
+    apply to that row (TRL)."""
     if (
         isinstance(returned, str | bytes | Mapping)
         or not hasattr(returned, "__len__")
@@ -89,7 +94,12 @@ def many(binding: Binding, returned: Any, count: int) -> list[Scored]:
             found.append(Scored(0.0, "absent") if value is None else one(binding, value))
         except NoScoreError as error:
             found.append(failed(error))
-    return found
+    return found if log is None else [_with(scored, log.of(place)) for place, scored in enumerate(found)]
+
+
+def _with(scored: Scored, logged: Mapping[str, Any]) -> Scored:
+    figures, notes = _sorted(logged)
+    return scored._replace(logged=scored.logged | figures, notes=scored.notes | notes)
 
 
 def _mapping(binding: Binding, returned: Mapping[Any, Any]) -> Scored:
@@ -97,11 +107,30 @@ def _mapping(binding: Binding, returned: Mapping[Any, Any]) -> Scored:
     if key not in returned:
         names = ", ".join(f"`{name}`" for name in list(returned)[:10])
         raise NoScoreError(f"the reward returned a mapping without `{key}`: {names or 'it is empty'}")
-    logged: dict[str, float] = {}
-    for name, value in returned.items():
-        if name != key and len(logged) < MOST_PARTS and (figure := _figure(value)) is not None:
-            logged[str(name)[:100]] = figure
-    return Scored(_number(returned[key]), "scored", "", logged)
+    figures, notes = _sorted({name: value for name, value in returned.items() if name != key})
+    return Scored(_number(returned[key]), "scored", "", figures, notes)
+
+
+def _sorted(logged: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """(figures, texts) of what a reward logs. None and numbers that are not finite are neither."""
+    figures: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    for key, value in logged.items():
+        name = str(key)[:NAME_CHARACTERS]
+        if isinstance(value, str | bytes) or (value is not None and not _is_number(value)):
+            if len(notes) < MOST_PARTS:
+                notes[name] = str(value)[:NOTE_CHARACTERS]
+        elif (figure := _figure(value)) is not None and len(figures) < MOST_PARTS:
+            figures[name] = figure
+    return figures, notes
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several elements
+        return False
+    return True
 
 
 def _figure(value: Any) -> float | None:

@@ -30,6 +30,11 @@ class GradeItem:
     row: Mapping[str, Any] = field(default_factory=dict)
     """Every column of the row that the problem comes from."""
 
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """`messages`, or the problem as a user turn."""
+        return [dict(turn) for turn in self.messages] or [{"role": "user", "content": self.problem}]
+
 
 @dataclass(frozen=True)
 class Grade:
@@ -40,4 +45,6 @@ class Grade:
     detail: str = ""
     """What went wrong, with `error`: the traceback."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Named rewards, when there are several, and whatever else a reward returned to be logged."""
+    """Named rewards, when there are several, and whatever other numbers a reward returned to be logged."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Texts that a reward returned to be logged."""

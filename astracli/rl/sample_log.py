@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from astracli.process.atomic import write_atomic
 from astracli.rl.batch import Batch
 from astracli.rl.types import Group, Sample, Verdict
-from astracli.runs.run_dir import write_atomic
 
 
 def sample_line(
@@ -33,8 +33,9 @@ def sample_line(
     benchmark: str | None = None,
     loss_mask: np.ndarray | None = None,
     parts: Mapping[str, float] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The line as a JSON object; `benchmark` is there for evaluations only, `parts` where the score has any.
+    """The line as a JSON object; `benchmark` is there for evaluations only, `parts` and `notes` where a score has any.
 
     `tokens`: [T]; `logprobs`: [N], of the drawn ones. Where not all are drawn, the line has a `loss_mask`, and null as
     the log-probability of the others.
@@ -59,6 +60,7 @@ def sample_line(
         "advantage": None if advantage is None else round(advantage, 6),
         "reward": reward,
         **({"parts": dict(parts)} if parts else {}),
+        **({"notes": dict(notes)} if notes else {}),
         "verdict": verdict,
         "finish_reason": finish_reason,
     }
@@ -85,6 +87,7 @@ def group_line(
         finish_reason=sample.finish_reason,
         loss_mask=sample.loss_mask,
         parts=sample.parts,
+        notes=sample.notes,
     )
     return line | ({"source": group.meta["source"]} if "source" in group.meta else {})
 

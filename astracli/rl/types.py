@@ -48,6 +48,8 @@ class Sample:
     text: str = ""
     parts: dict[str, float] = field(default_factory=dict)
     """Named rewards and other figures of its score."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Texts that its reward logged."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -137,6 +139,7 @@ def pack_group(group: Group) -> bytes:
                     for g in s.segments
                 ],
                 **({"parts": s.parts} if s.parts else {}),
+                **({"notes": s.notes} if s.notes else {}),
             }
             for s in group.samples
         ],
@@ -157,6 +160,7 @@ def unpack_group(blob: bytes) -> Group:
                 text=s["text"],
                 segments=[_segment(*segment) for segment in s["segments"]],
                 parts=s.get("parts", {}),
+                notes=s.get("notes", {}),
             )
             for s in doc["samples"]
         ]

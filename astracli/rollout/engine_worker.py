@@ -235,9 +235,7 @@ class EngineWorker(RequestGate):
                 self._readback_done.clear()
 
         try:
-            update = await self._call(
-                self.engine.update(target, self.mode, flush=flushes(self.mode), applied=applied)
-            )
+            update = await self._call(self.engine.update(target, self.mode, flush=flushes(self.mode), applied=applied))
         except EngineLost:
             if proven:
                 self._readback_done.set()

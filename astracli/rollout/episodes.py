@@ -1,54 +1,20 @@
-"""Episodes of an Env on one engine: run at once, each ended by its own errors alone; and what those errors lead to."""
+"""Episodes of an Env on one engine, run at once; and what their errors lead to."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-import os
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from astracli.data.prompts import Problem
-from astracli.envs import time_limit
-from astracli.envs.contract import Env, Episode, Score
-from astracli.errors import AstraError, RunFailed
+from astracli.envs.attempt import Failure, attempt
+from astracli.envs.contract import Env, Episode
+from astracli.errors import RunFailed
 from astracli.rollout.policy import EngineCalls, EpisodePolicy, RolloutSampling
 from astracli.rollout.request_gate import EngineLost, RequestGate
 
-_NOT_THEIRS = (os.path.dirname(asyncio.__file__), __file__, time_limit.__file__)
 FAILED_IN_A_ROW = 64
 """Episodes in a row that end in an error, after which the run ends in that error's words."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An episode that its environment has failed."""
-
-    error: BaseException
-
-    @property
-    def words(self) -> str:
-        """The error, and where it came from."""
-        kind, file, line = self.place
-        return f"{kind}: {self.error}" + (f" ({file}, line {line})" if file else "")
-
-    @property
-    def text(self) -> str:
-        return "".join(traceback.format_exception(self.error)).rstrip()
-
-    @property
-    def place(self) -> tuple[str, str, int]:
-        """(kind of error, file, line) of where it came from: failures that share it are shown once.
-
-        The innermost line that is neither Python's own nor of what runs episodes: of one that hung, where it waited.
-        """
-        chain = [error for error in (self.error, self.error.__cause__) if error is not None]
-        frames = [frame for error in chain for frame in traceback.extract_tb(error.__traceback__)]
-        theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
-        last = (theirs or frames)[-1:]
-        file, line = (last[0].filename, last[0].lineno or 0) if last else ("", 0)
-        return type(self.error).__name__, file, line
 
 
 @dataclass
@@ -116,42 +82,9 @@ async def play(
 
 async def _episode(env: Env, problem: Problem, policy: EpisodePolicy, limit_s: float) -> Episode | Failure:
     try:
-        async with time_limit.limited(limit_s):
-            episode = await env.run(problem, policy)
-        if not isinstance(episode, Episode):
-            raise TypeError(f"`run` of {type(env).__name__} returned a {type(episode).__name__}, not an Episode")
-        policy.check(episode)
-        episode.parts = {str(name): float(value) for name, value in episode.parts.items()}
-        return episode
-    except Exception as error:
-        return Failure(error)
+        return await attempt(env, problem, policy, limit_s, policy.check)
     finally:
         policy.end()
-
-
-async def score(env: Env, problem: Problem, episodes: Sequence[Episode], limit_s: float) -> list[Score] | Failure:
-    """The scores of a problem's episodes; a failure is one of all of them. What ends the run
-    (a grader that cannot start) is raised."""
-    try:
-        async with time_limit.limited(limit_s):
-            found = list(await env.score(episodes, problem))
-        if len(found) != len(episodes):
-            raise ValueError(
-                f"`score` of {type(env).__name__} returned {len(found)} scores for {len(episodes)} episodes"
-            )
-        return [_score(one) for one in found]
-    except AstraError:
-        raise
-    except Exception as error:
-        return Failure(error)
-
-
-def _score(given: Score | float) -> Score:
-    """A bare number is right when it is above 0. Raises ValueError for one that is none."""
-    score = given if isinstance(given, Score) else Score(float(given), "right" if given > 0 else "wrong")
-    if not math.isfinite(score.reward):
-        raise ValueError(f"a score is {score.reward}")
-    return score
 
 
 def leaves(error: Exception) -> list[Exception]:

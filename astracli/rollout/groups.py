@@ -31,6 +31,7 @@ def group_of(env: Env, lease_id: int, problem: Problem, episodes: dict[int, Epis
                 verdict=score.verdict,
                 text=episode.text if episode.text is not None and one_turn else env.text(behind),
                 parts={**episode.parts, **score.parts},
+                notes=dict(score.notes),
             )
         )
     return Group(

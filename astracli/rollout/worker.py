@@ -29,7 +29,9 @@ from astracli.data.prompts import Problem, PromptSource, stop_token_ids
 from astracli.engines import registry as engines
 from astracli.engines.stops import StopStrings
 from astracli.envs import registry as envs
+from astracli.envs.attempt import Failure, score
 from astracli.envs.contract import Env, EnvSetup, Episode
+from astracli.envs.prompt_tokens import PromptTokens
 from astracli.envs.time_limit import LoopWatch
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
@@ -41,10 +43,9 @@ from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import Rewards, open_pools
 from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
-from astracli.rollout.episodes import Failure, Failures, leaves, play, score
+from astracli.rollout.episodes import Failures, leaves, play
 from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
-from astracli.rollout.prompt_tokens import PromptTokens
 from astracli.rollout.request_gate import EngineLost
 from astracli.rollout.slot_gate import SlotGate
 
@@ -324,13 +325,16 @@ def run(config: RolloutConfig, reporter: Reporter) -> None:
 
     tables = sets(recipe.data)
     rewards = {
-        name: Rewards.of(table, max_errors=recipe.most_reward_errors, on_error=told) for name, table in tables.items()
+        name: Rewards.of(table, max_errors=recipe.most_reward_errors, on_error=told, on_excess=reporter.warn)
+        for name, table in tables.items()
     }
     with contextlib.ExitStack() as stack:
         pools = open_pools(stack, rewards)
         prompts = PromptTokens(tokenizer, ChatFormat.of(recipe))
         setup = EnvSetup(recipe, tokenizer, lambda problem: pools[problem.source], prompts)
-        asyncio.run(_main(config, reporter, source, envs.find(recipe.rollout.env)(setup)))
+        env = envs.find(recipe.rollout.env)(setup)
+        stack.callback(env.close)
+        asyncio.run(_main(config, reporter, source, env))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from astracli.config import doors
 from astracli.errors import UserError
 
 Record = dict[str, Any]
@@ -41,7 +42,7 @@ def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
 def find_sinks(names: Sequence[str]) -> list[Callable[[Path], Sink]]:
     """What makes the sinks: entry points in `astra.sinks`, or `pkg.module:factory`. Raises UserError, also where the
     package that a factory names in `needs` is not installed."""
-    installed = {point.name: point for point in metadata.entry_points(group=SINK_GROUP)}
+    installed = {point.name: point for point in doors.points(SINK_GROUP)}
     factories: list[Callable[[Path], Sink]] = []
     for name in names:
         try:

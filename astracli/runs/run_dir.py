@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -18,6 +17,7 @@ import psutil
 from astracli.config import reading
 from astracli.errors import FULL, UserError
 from astracli.process import identity
+from astracli.process.atomic import write_atomic
 from astracli.runs.status import RunStatus, State, status_text
 
 ORIGIN = "astra_export.json"
@@ -257,21 +257,3 @@ def paths(run_dir: Path) -> dict[str, str]:
         "report": run.path / "report.html",
     }
     return {name: str(place) for name, place in places.items() if place.exists()}
-
-
-def write_atomic(path: Path, text: str, mode: int = 0o644, *, sync: bool = False) -> None:
-    """Write a file so that readers see the old or the new text, never half of it. `sync`: it is on disk then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

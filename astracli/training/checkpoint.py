@@ -146,6 +146,13 @@ def load(checkpoint: Checkpoint, masters: Masters, ranks: Ranks) -> None:
             f"checkpoint `{checkpoint.path}` is of another model: {len(other)} parameters differ, {sorted(other)[:3]}",
             "resume with the run directory's own recipe, or start a new run",
         )
+    base, given = checkpoint.meta.get("base") or {}, masters.origin.get("base") or {}
+    if base.get("fingerprint") != given.get("fingerprint"):
+        raise RunFailed(
+            f"checkpoint `{checkpoint.path}` holds adapters of `{base['path']}` as it was then; the weights of "
+            f"`{given['path']}` are others",
+            "put that model back: adapters mean nothing without it",
+        )
     stored = _Stored(checkpoint)
     with torch.no_grad():
         for name, value in masters.values.items():

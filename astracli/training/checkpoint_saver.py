@@ -27,7 +27,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from astracli.runs.run_dir import write_atomic
+from astracli.process.atomic import write_atomic
 from astracli.training import checkpoint
 from astracli.training.checkpoint import COMPLETE, FORMAT, META, Entry
 from astracli.training.checkpoint_memory import CopyMemory
@@ -92,6 +92,7 @@ class Saver:
             "updates": masters.adam.updates,
             "world_size": self.ranks.world_size,
             "names": sorted(masters.values),
+            **masters.origin,
         }
         self._save = Save(self, memory, working, meta, _parts(masters, self.ranks))
         masters.before_change = self.copied

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
 from astracli.errors import UserError
@@ -238,6 +239,15 @@ def free_gathered(policy: nn.Module) -> None:
     reshard: Any = getattr(policy, "reshard", None)
     if reshard is not None:
         reshard()
+
+
+def start_of(parameter: Tensor, ranks: Ranks) -> int:
+    """Where this rank's part begins in the flattened parameter; 0 where it holds all or nothing."""
+    if ranks.mesh is None or not hasattr(parameter, "placements") or not local(parameter).numel():
+        return 0
+    sharded: Any = parameter
+    _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    return int(offset[0]) * (sharded.numel() // sharded.shape[0])
 
 
 def local(tensor: Tensor) -> Tensor:

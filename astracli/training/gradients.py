@@ -32,6 +32,11 @@ class Gradients:
         if self._sums is not None:
             weight_gradients.install(model, self._parameters, self._sums)
 
+    def sums(self) -> dict[str, Tensor]:
+        """The accumulators by name, of gradients that are accumulated."""
+        assert self._sums is not None
+        return self._sums
+
     def found(self) -> dict[str, Tensor]:
         """fp32 gradients by parameter name, where there is one; sharded like their parameters."""
         if self._sums is not None:

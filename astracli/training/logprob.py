@@ -119,11 +119,12 @@ class _ChunkedLogprob(torch.autograd.Function):
         if ctx.temperature != 1.0:
             grad_N = grad_N / ctx.temperature  # from here on by the logits before they are divided
         d_hidden_ND = torch.empty_like(hidden_ND)
+        d_weight_VD: Tensor | None = None  # of a frozen head
         if ctx.total is not None:
             d_weight_VD = ctx.total.total(weight_VD)
-        else:
+        elif ctx.needs_input_grad[1]:
             d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        d_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         several = ctx.chunk * _CHUNKS_PER_PRODUCT.get(hidden_ND.device.type, 1)
         buffer = hidden_ND.new_empty(min(several, len(target_N)), weight_VD.shape[0])
         for a in range(0, len(target_N), several):
@@ -139,9 +140,10 @@ class _ChunkedLogprob(torch.autograd.Function):
             if d_bias_V is not None:
                 d_bias_V += d_logits_gV.sum(0, dtype=torch.float32)
             d_hidden_ND[group] = d_logits_gV @ weight_VD
-            _add_product(d_weight_VD, d_logits_gV, hidden_gD)
+            if d_weight_VD is not None:
+                _add_product(d_weight_VD, d_logits_gV, hidden_gD)
         d_bias = None if bias_V is None or d_bias_V is None else d_bias_V.to(bias_V.dtype)
-        d_weight = d_weight_VD.to(weight_VD.dtype) if ctx.total is None else None
+        d_weight = d_weight_VD.to(weight_VD.dtype) if ctx.total is None and d_weight_VD is not None else None
         return d_hidden_ND, d_weight, d_bias, None, None, None, None
 
 

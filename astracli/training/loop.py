@@ -22,6 +22,8 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.errors import RunFailed, disk_full
@@ -40,10 +42,12 @@ from astracli.training import best, checkpoint, step_figures
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
+from astracli.training.lora import merged_into
 from astracli.training.optimizer import NotFinite
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
 from astracli.weights.publish.publisher import Publisher, PublishResult
+from astracli.weights.publish.snapshot import Shard
 
 ENCODE_THREADS = 8
 """Threads of a rank that compress what a GPU has coded."""
@@ -129,6 +133,7 @@ class TrainLoop:
             pinned=lambda version: version in self._pinned,
             threads=config.threads if config.device == "cpu" else max(config.threads, ENCODE_THREADS),
             leaves=self.time_sharing.leaves,
+            base=merged_into(config.model_path, self.adapter, self.trainer.masters) if self._sends_adapter else None,
         )
         # before it gives a GPU up, a trainer waits for its version anyway
         self.background = in_background(self.recipe, config.device) and not self.time_sharing.gpu_leases
@@ -157,7 +162,7 @@ class TrainLoop:
             running = [one.version for one in state.evals if one.state == "running"]
             self._pinned = {version for version in running if version is not None}
         publish = self.publisher.publish if resume is None else self.publisher.restart
-        publish(self.step, masters.wire_shards(copy=not self.time_sharing.leaves), owned=True)
+        publish(self.step, self._to_publish(), owned=True)  # in full, adapters merged
         self.time_sharing.end(self.trainer)
         if self.recipe.checkpoint.every and self.saver.beside:
             self.saver.prepare(masters)
@@ -211,7 +216,8 @@ class TrainLoop:
         """Publish version step + 1, here or from a copy in the background; `publish_s` is what it costs the step. With
         time sharing the trainer then leaves its GPU, and its step ends."""
         version, begin = step + 1, time.perf_counter()
-        tensors = self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves)
+        tensors = self._to_publish()
+        factors = self.trainer.masters.factors() if self._sends_adapter else None
         figures["snapshot_s"] = time.perf_counter() - begin
 
         def published(result: PublishResult) -> None:
@@ -235,9 +241,18 @@ class TrainLoop:
         handed_over = time.perf_counter()
         if self.background:
             costs(0.0, handed_over)
-            self.publisher.publish_async(version, tensors, published, owned=True)
+            self.publisher.publish_async(version, tensors, published, owned=True, factors=factors)
         else:
-            published(self.publisher.publish(version, tensors, owned=True))
+            published(self.publisher.publish(version, tensors, owned=True, factors=factors))
+
+    @property
+    def _sends_adapter(self) -> bool:
+        return self.recipe.weights.transfer == "adapter"
+
+    def _to_publish(self) -> dict[str, Tensor | Shard]:
+        """This rank's part of the next version. A copy, but where nobody trains before it is published; with adapters
+        the publisher takes what it needs at once."""
+        return self.trainer.masters.wire_shards(copy=not self.time_sharing.leaves and not self._sends_adapter)
 
     def finish(self) -> None:
         """Export the last version in Hugging Face format."""

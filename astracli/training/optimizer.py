@@ -10,19 +10,18 @@ the fp32 masters, and FSDP2 casts them to bf16 for computing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from astracli.config.recipe import TrainTable
 from astracli.errors import RunFailed
 from astracli.models.adapter import WireTensor
 from astracli.training.adam import Adam, learning_rate
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.fsdp import Ranks, local
+from astracli.training.fsdp import Ranks, local, start_of
 from astracli.training.gradients import Gradients
 from astracli.training.split_masters import SplitMasters
 from astracli.weights.publish.snapshot import Shard, copies
@@ -45,17 +44,19 @@ class Masters:
         ranks: Ranks,
         *,
         moments_on_host: float = 0.0,
+        exact: Collection[nn.Parameter] = (),
     ):
         """`wire`: training parameter name -> how it travels; parameters it leaves out are frozen. `moments_on_host`:
         the part of the moments that waits in host memory, and passes through the device in an update. Where
-        `ranks.stores_bf16`, the model's parameters are stored anew.
+        `ranks.stores_bf16`, the model's parameters are stored anew, but for frozen ones that are `exact`.
 
         Raises RunFailed when `wire` names a parameter that the model does not have.
         """
         self.ranks = ranks
         self.table = table
         self.wire = dict(wire)
-        every = {plain_name(n): p for n, p in model.named_parameters()}
+        self.every = every = {plain_name(n): p for n, p in model.named_parameters()}
+        """Every parameter of the model, trained or not."""
         unknown = sorted(set(self.wire) - set(every))
         if unknown:
             raise RunFailed(f"the adapter's wire names {unknown[:5]} are no parameters of {type(model).__name__}")
@@ -63,7 +64,7 @@ class Masters:
             parameter.requires_grad_(name in self.wire)
         self.parameters = {name: every[name] for name in self.wire}
         self.frozen = [parameter for name, parameter in every.items() if name not in self.wire]
-        self.tied = self._tied_names(model)
+        self.tied = tied_names(model, self.travels)
         self.rounded = ranks.stores_bf16 or ranks.precision == torch.float32
         """Whether parameters are the rounded masters; otherwise they are the masters."""
         self.split_masters = SplitMasters()
@@ -73,12 +74,12 @@ class Masters:
         self.before_change: Callable[[], None] = lambda: None
         """Called before what this holds changes or moves: a checkpoint may still be copied from it."""
         with torch.no_grad():
+            kept = {id(parameter) for parameter in exact}
             for parameter in self.frozen if ranks.stores_bf16 else ():
-                parameter.data = parameter.data.to(ranks.precision)
+                if id(parameter) not in kept:
+                    parameter.data = parameter.data.to(ranks.precision)
             self.values = {name: self._master(name, parameter) for name, parameter in self.parameters.items()}
-        self.grads = Gradients(self.parameters, accumulate=ranks.stores_bf16)
-        if ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32
-            self.grads.by_products(model)
+        self.grads = self._gradients(model)
         self.adam = Adam(self.values, table, moments_on_host=moments_on_host, split_masters=self.split_masters)
         self.publish_to_parameters()
 
@@ -92,12 +93,26 @@ class Masters:
             return self.split_masters.take(name, parameter)
         return value.clone()  # also of what travels in fp32: a version must not change while it is published
 
-    def _tied_names(self, model: nn.Module) -> dict[str, str]:
-        """{name of a tied duplicate: wire name of the parameter that it is}"""
-        wire_of = {id(p): self.wire[name].name for name, p in self.parameters.items()}
-        own = {tensor.name for tensor in self.wire.values()}
-        every = ((plain_name(n), p) for n, p in model.named_parameters(remove_duplicate=False))
-        return {name: wire_of[id(p)] for name, p in every if id(p) in wire_of and name not in own}
+    def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """{HF name: A, scaled B}, fp32 copies on the CPU: what is merged into the weights; {} without adapters."""
+        return {}
+
+    def _gradients(self, model: nn.Module) -> Gradients:
+        grads = Gradients(self.parameters, accumulate=self.ranks.stores_bf16)
+        if self.ranks.device.type != "cpu":  # a CPU has no product of bf16 that adds to fp32
+            grads.by_products(model)
+        return grads
+
+    @property
+    def travels(self) -> Mapping[str, WireTensor]:
+        """Name of a parameter -> how it travels, of all that make up a version."""
+        return self.wire
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """What a checkpoint says of weights that it needs and does not hold; a checkpoint that says something else does
+        not fit."""
+        return {}
 
     @torch.no_grad()
     def publish_to_parameters(self) -> None:
@@ -138,15 +153,11 @@ class Masters:
 
     def start(self, name: str) -> int:
         """Where this rank's part begins in the flattened parameter."""
-        if self.ranks.mesh is None or self.replicated(name) or not self.values[name].numel():
-            return 0
-        parameter: Any = self.parameters[name]
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        return int(offset[0]) * (parameter.numel() // parameter.shape[0])
+        return start_of(self.every[name], self.ranks)
 
     def replicated(self, name: str) -> bool:
         """Whether every rank holds this parameter whole (`fsdp.shard`, `exact`)."""
-        return self.ranks.mesh is not None and not hasattr(self.parameters[name], "placements")
+        return self.ranks.mesh is not None and not hasattr(self.every[name], "placements")
 
     @property
     def away(self) -> bool:
@@ -157,11 +168,15 @@ class Masters:
         """Leave the device to others: masters, parameters and moments wait on the host. Nothing else may be called
         until `to_device`, which brings them back byte for byte."""
         self.before_change()
-        masters = [value for name, value in self.values.items() if name not in self.split_masters]
-        held = [*self.parameters.values(), *masters, *self.split_masters.rests, *self.frozen, *self.adam.on_device()]
+        held = self.held()
         if self._away is None or self._away_count != len(held):  # the first update makes the moments
             self._away, self._away_count = CpuOffload(held), len(held)
         self._away.to_host()
+
+    def held(self) -> list[Tensor]:
+        """All that this has on its device."""
+        masters = [value for name, value in self.values.items() if name not in self.split_masters]
+        return [*self.parameters.values(), *masters, *self.split_masters.rests, *self.frozen, *self.adam.on_device()]
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
@@ -182,20 +197,20 @@ class Masters:
         their wire dtype are given out themselves. Not on a CPU: there numpy, which reads them, would keep their memory.
         """
         result: dict[str, Tensor | Shard] = {}
-        dtypes = {name: DTYPES[self.wire[name].dtype] for name in self.values}
-        sources = self._sources()
+        dtypes = {name: DTYPES[tensor.dtype] for name, tensor in self.travels.items()}
+        sources = self.sources()
         there = {name: t for name, t in sources.items() if not copy and t.is_cuda and t.dtype == dtypes[name]}
         taken = copies({name: t for name, t in sources.items() if name not in there}, dtypes)
         taken = {name: there[name] if name in there else taken[name] for name in sources}
         for name, tensor in taken.items():
             if self.ranks.mesh is None or (self.replicated(name) and self.ranks.first):
-                result[self.wire[name].name] = tensor
+                result[self.travels[name].name] = tensor
             elif tensor.numel() and not self.replicated(name):
-                shape = tuple(self.parameters[name].shape)
-                result[self.wire[name].name] = Shard(tensor.reshape(-1), self.start(name), shape)
+                shape = tuple(self.every[name].shape)
+                result[self.travels[name].name] = Shard(tensor.reshape(-1), self.start(name), shape)
         return result
 
-    def _sources(self) -> dict[str, Tensor]:
+    def sources(self) -> dict[str, Tensor]:
         """What is published, by parameter name, in a dtype that rounds to the wire's."""
         if not self.ranks.stores_bf16:
             return self.values
@@ -207,15 +222,23 @@ class Masters:
         from torch.distributed.tensor import DTensor
 
         result: dict[str, Tensor] = {}
-        for name, value in self._sources().items():
-            parameter, whole = self.parameters[name], value
+        for name, value in self.sources().items():
+            parameter, whole = self.every[name], value
             if isinstance(parameter, DTensor):
                 shape, stride = parameter.shape, parameter.stride()
                 placed = DTensor.from_local(value, self.ranks.mesh, parameter.placements, shape=shape, stride=stride)
                 whole = placed.full_tensor()
             if self.ranks.first:
-                result[self.wire[name].name] = whole.to(DTYPES[self.wire[name].dtype]).cpu().contiguous()
+                result[self.travels[name].name] = whole.to(DTYPES[self.travels[name].dtype]).cpu().contiguous()
         return result
+
+
+def tied_names(model: nn.Module, travels: Mapping[str, WireTensor]) -> dict[str, str]:
+    """{name of a tied duplicate: wire name of the parameter that it is}"""
+    every = [(plain_name(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
+    wire_of = {id(p): travels[name].name for name, p in every if name in travels}
+    own = {tensor.name for tensor in travels.values()}
+    return {name: wire_of[id(p)] for name, p in every if id(p) in wire_of and name not in own}
 
 
 def plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from astracli.config.recipe import Recipe
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
+from astracli.models.checkpoint_files import fingerprint
 from astracli.models.preflight import text_config
 from astracli.process.layout import RESIDENT, Split, recomputed
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, recompute, shard
 from astracli.training.logprob import PolicyModel
+from astracli.training.lora import Adapters
+from astracli.training.lora_masters import LoraMasters
 from astracli.training.optimizer import DTYPES, Masters
 from astracli.training.step import Trainer
 
@@ -34,14 +38,12 @@ def build_trainer(
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows. `split`: what
     waits in host memory between its uses. `bf16_engine`: the engine computes in bf16."""
     loader = _Loader(model_dir, adapter, recipe, ranks, attention)
-    model, wire, exact = loader.load()
-    blocks = adapter.block_classes(model)
-    policy = PolicyModel(model, temperature=recipe.rollout.temperature)
-    recompute(policy, blocks, recomputed(recipe, split))
-    shard(policy, blocks, ranks, exact=exact)
-    masters = Masters(policy.model, wire, recipe.train, ranks, moments_on_host=split.moments_on_host)
-    reference = loader.reference() if recipe.algorithm.kl_coef else None
-    offload = None
+    policy, masters = _with_adapters(loader, split) if recipe.lora is not None else _whole(loader, split)
+    reference, offload, adapters_off = None, None, None
+    if recipe.algorithm.kl_coef and isinstance(masters, LoraMasters):
+        adapters_off = masters.adapters.off
+    elif recipe.algorithm.kl_coef:
+        reference = loader.reference()
     if reference is not None and split.reference == "host":
         offload = CpuOffload(reference.parameters(), constant=True)
         offload.to_host()
@@ -53,10 +55,59 @@ def build_trainer(
         ranks,
         reference=reference,
         reference_offload=offload,
+        adapters_off=adapters_off,
         pad_token=pad_token(model_dir),
         packed=loader.packed,
         bf16_engine=bf16_engine,
     )
+
+
+def _whole(loader: _Loader, split: Split) -> tuple[PolicyModel, Masters]:
+    """A policy all of whose weights are trained."""
+    model, wire, exact = loader.load()
+    policy, ranks = loader.policy(model, split, exact), loader.ranks
+    return policy, Masters(policy.model, wire, loader.recipe.train, ranks, moments_on_host=split.moments_on_host)
+
+
+def _with_adapters(loader: _Loader, split: Split) -> tuple[PolicyModel, Masters]:
+    """A policy of which adapters are trained. Its own weights are stored as they are computed with."""
+    recipe, ranks = loader.recipe, loader.ranks
+    assert recipe.lora is not None
+    model, wire, exact = loader.load()
+    as_published(model, wire, exact, ranks)
+    mark = ranks.broadcast(fingerprint(loader.model_dir).encode() if ranks.first else None)  # one rank reads the files
+    origin = {"path": str(loader.model_dir), "fingerprint": mark.decode()}
+    adapters = Adapters(model, wire, loader.adapter, recipe.lora, seed=recipe.seed, origin=origin)
+    exact = [*exact, *adapters.factors.values()]
+    policy = loader.policy(model, split, exact)
+    masters = LoraMasters(
+        policy.model,
+        adapters,
+        wire,
+        recipe.train,
+        ranks,
+        exact=exact,
+        base_on_host=split.reference == "host",
+        moments_on_host=split.moments_on_host,
+    )
+    return policy, masters
+
+
+def as_published(
+    model: torch.nn.Module, wire: Mapping[str, WireTensor], exact: Collection[torch.nn.Parameter], ranks: Ranks
+) -> None:
+    """Round every parameter to what the engine holds: stored in fp32 where a policy computes in fp32, else in the
+    ranks' precision, but for the `exact` ones."""
+    if ranks.precision == torch.float32:
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in wire.items():
+                parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
+        return
+    kept = {id(parameter) for parameter in exact}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(ranks.precision)
 
 
 @dataclass(frozen=True)
@@ -91,20 +142,19 @@ class _Loader:
         wire, parameters = adapter.wire_tensors(model), dict(model.named_parameters())
         return model, wire, [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]
 
+    def policy(self, model: torch.nn.Module, split: Split, exact: Collection[torch.nn.Parameter]) -> PolicyModel:
+        """What is trained, on its device."""
+        blocks = self.adapter.block_classes(model)
+        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        recompute(policy, blocks, recomputed(self.recipe, split))
+        shard(policy, blocks, self.ranks, exact=exact)
+        return policy
+
     def reference(self) -> PolicyModel:
         """The initial policy as it was published, without gradients."""
         model, wire, exact = self.load()
         ranks, blocks = self.ranks, self.adapter.block_classes(model)
-        if ranks.precision == torch.float32:
-            parameters = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, tensor in wire.items():
-                    parameters[name].copy_(parameters[name].to(DTYPES[tensor.dtype]))
-        else:
-            kept = set(exact)
-            for parameter in model.parameters():
-                if parameter not in kept:
-                    parameter.data = parameter.data.to(ranks.precision)  # what the policy is computed with
+        as_published(model, wire, exact, ranks)
         policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
         policy.requires_grad_(False)
         shard(policy, blocks, ranks, exact=exact)

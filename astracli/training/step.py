@@ -13,8 +13,8 @@ The loss of a minibatch runs over all ranks and micro-batches (`objective`). Sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
@@ -77,6 +77,8 @@ class Trainer:
     _: KW_ONLY
     reference: PolicyModel | None = None
     reference_offload: CpuOffload | None = None
+    adapters_off: Callable[[], AbstractContextManager[None]] | None = None
+    """Makes the policy its own reference for a while: then there is no second model."""
     pad_token: int = 0
     packed: bool = False
     bf16_engine: bool = False
@@ -121,7 +123,7 @@ class Trainer:
         if score:
             self._require_agreement(work)
         norms = [self._minibatch(work, index, step, measure=not score) for index in range(len(batch.minibatches))]
-        metrics |= figures(self.recipe, self.ranks, batch, work.sums, len(norms), referenced=bool(self.reference))
+        metrics |= figures(self.recipe, self.ranks, batch, work.sums, len(norms), referenced=bool(work.references))
         metrics |= {
             "grad_norm": float(np.mean(norms)),
             "grad_norm_max": float(np.max(norms)),
@@ -196,11 +198,17 @@ class Trainer:
 
     @torch.no_grad()
     def _score_reference(self, work: Work) -> None:
-        if self.reference is None:
+        reference = self.reference
+        moved_in: Callable[[], AbstractContextManager[None]] = nullcontext
+        if self.adapters_off is not None:
+            reference, moved_in = self.policy, self.adapters_off
+        elif self.reference_offload is not None:
+            moved_in = self.reference_offload.moved_in
+        if reference is None:
             return
-        with self.reference_offload.moved_in() if self.reference_offload is not None else nullcontext():
-            work.references = {id(micro): self._forward(self.reference, micro)[0] for micro in work.micros}
-        free_gathered(self.reference)
+        with moved_in():
+            work.references = {id(micro): self._forward(reference, micro)[0] for micro in work.micros}
+        free_gathered(reference)
 
     @torch.no_grad()
     def _score(self, work: Work) -> None:

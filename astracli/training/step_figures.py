@@ -23,10 +23,19 @@ def arrived(batch: Batch, *, replays: bool) -> dict[str, float]:
 
 
 def published(result: PublishResult) -> dict[str, float]:
-    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads."""
-    same = ("bytes_per_changed", "digest_s", "delta_s", "diff_s", "encode_s", "write_s")
+    """Metrics of one version; seconds are of this rank, `diff_s` to `write_s` on a CPU summed over its threads. Which
+    values an adapter changes is known only where it is merged."""
+    same = ("digest_s", "delta_s", "diff_s", "encode_s", "write_s")
+    changes = (
+        {}
+        if result.by_adapter
+        else {
+            "delta_density": result.density,
+            "bytes_per_changed": result.bytes_per_changed,
+        }
+    )
     return {
-        "delta_density": result.density,
+        **changes,
         "delta_bytes": result.bytes_delta,
         "full_bytes": result.bytes_full,
         **{name: getattr(result, name) for name in same},

@@ -1,4 +1,4 @@
-"""Does the rollout worker keep up with a fast engine? The real worker and hub, on a stand-in for SGLang (`fake_sglang`).
+"""Does the rollout worker keep up with a fast engine? The real worker and hub, a stand-in for SGLang (`fake_sglang`).
 
     python bench/engine/client.py [--slots 1024] [--seconds 20] [--profile FILE] [--json]
     python bench/engine/client.py --prefill-ms 0      without what a prefill costs: the worker alone
@@ -115,7 +115,9 @@ def measure(args: argparse.Namespace, name: Path) -> dict[str, Any]:
     metrics = name / "metrics.jsonl"
     served = [word for key in ENGINE for word in ("--" + key.replace("_", "-"), getattr(args, key))]
     with (
-        process(here.with_name("fake_sglang.py"), "--port", port, "--stage-dir", stage, *served, log=name / "engine.log"),
+        process(
+            here.with_name("fake_sglang.py"), "--port", port, "--stage-dir", stage, *served, log=name / "engine.log"
+        ),
         hub(name, metrics, slots=args.slots) as (store, hub_url),
     ):
         config = RolloutConfig(

@@ -136,7 +136,10 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
         return tailed(*words, **told)
 
     kind.client = client  # type: ignore[method-assign]
-    with engine(recipe, model, folder) as url, hub(folder, folder / "metrics.jsonl", slots=args.slots) as (store, hub_url):
+    with (
+        engine(recipe, model, folder) as url,
+        hub(folder, folder / "metrics.jsonl", slots=args.slots) as (store, hub_url),
+    ):
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
         config = RolloutConfig(
             name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from astracli.machine.memory import Component, MemoryRow
 from astracli.plan.memory import on_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import shared
 from shared import (
     GIB,
     MemoryWatch,
@@ -90,30 +91,29 @@ def checkpoint(args: argparse.Namespace, folder: Path) -> Path:
         return Path(args.model).resolve()
     out = folder / f"random-{args.shape}"
     words = [sys.executable, str(HERE / "random_checkpoint.py"), str(out), "--shape", args.shape]
-    subprocess.run([*words, "--device", args.device], cwd=folder, check=True, stdout=sys.stderr)
+    log = folder / "checkpoint.log"
+    if shared.start([*words, "--device", args.device], folder, log).wait():
+        sys.exit(f"no checkpoint was made:\n{log.read_text()[-3000:]}")
     return out
 
 
 def train(args: argparse.Namespace, model: Path, run: Path) -> tuple[int, str]:
     """(exit code, last lines) of the run, which is interrupted when it has come far enough or the time is over."""
     words = command("train", run, settings(args, model), str(HERE / "random-4b.toml"))
-    begun, said = time.monotonic(), -1
-    with (run.parent / "train.log").open("w+") as log:
-        process = subprocess.Popen(words, cwd=run.parent, stdout=log, stderr=log)
-        while process.poll() is None:
-            found = records(run)
-            done = len(trained(found))
-            if done != said:
-                said = done
-                say(at_s=round(time.monotonic() - begun, 1), steps=done)
-            served = max((r["step"] for r in found if "pause_s" in r), default=0)
-            if served >= args.steps or time.monotonic() - begun > args.limit_s:
-                process.send_signal(signal.SIGINT)
-                break
-            time.sleep(0.25)
-        code = process.wait()
-        log.seek(0)
-        return code, log.read()[-3000:]
+    begun, said, log = time.monotonic(), -1, run.parent / "train.log"
+    process = shared.start(words, run.parent, log)
+    while process.poll() is None:
+        found = records(run)
+        done = len(trained(found))
+        if done != said:
+            said = done
+            say(at_s=round(time.monotonic() - begun, 1), steps=done)
+        served = max((r["step"] for r in found if "pause_s" in r), default=0)
+        if served >= args.steps or time.monotonic() - begun > args.limit_s:
+            os.kill(process.pid, signal.SIGINT)
+            break
+        time.sleep(0.25)
+    return process.wait(), log.read_text()[-3000:]
 
 
 def mean(rows: Sequence[Record], *names: str) -> float:

@@ -28,7 +28,8 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import ASTRA, command, folder, options, records, show, trained
+import shared
+from shared import ASTRA, RECIPE, command, folder, options, records, show, trained
 
 CHILDREN = ("engine0", "rollout", "trainer", "eval", "supervisor")
 EVERY = 5
@@ -47,19 +48,16 @@ LAST_STEPS = 6
 class Attempt:
     """One `astra train` in `run`: a new run, or the resume of what is there."""
 
-    def __init__(self, run: Path, sets: Sequence[str], *, resume: bool):
+    def __init__(self, run: Path, sets: Sequence[str], *, resume: bool, recipe: str = RECIPE):
         self.run = run
-        words = command("train", run, sets)
+        words = command("train", run, sets, recipe)
         if resume:
             words = [*ASTRA, "train", "--resume", str(run), *words[words.index(str(run)) + 1 :]]
-        self._console = (run.parent / f"{run.name}.log").open("w+")
+        self._console = run.parent / f"{run.name}.log"
+        self._console.write_text("")
         self._before = len(records(run))
         self.began = time.monotonic()
-        self.supervisor = subprocess.Popen(
-            words,
-            cwd=run.parent, stdin=subprocess.DEVNULL, stdout=self._console, stderr=self._console,
-            start_new_session=True,
-        )  # fmt: skip
+        self.supervisor = shared.start(words, run.parent, self._console, apart=True)
 
     @property
     def seconds(self) -> float:
@@ -84,7 +82,7 @@ class Attempt:
     def kill(self, name: str) -> bool:
         """kill -9 one process of this attempt, `supervisor` or a child by its name. False when it was not there."""
         if name == "supervisor":
-            self.supervisor.kill()
+            os.kill(self.supervisor.pid, signal.SIGKILL)
             return True
         process = self.child(name)
         if process is None:
@@ -107,10 +105,9 @@ class Attempt:
         try:
             code = self.supervisor.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.supervisor.kill()
+            os.kill(self.supervisor.pid, signal.SIGKILL)
             code = self.supervisor.wait()
-        self._console.seek(0)
-        return code, self._console.read()
+        return code, self._console.read_text()
 
 
 def processes_of(run: Path) -> list[int]:
@@ -170,7 +167,7 @@ class Bench:
 
     def _failed(self, attempt: Attempt, what: str) -> None:
         if attempt.supervisor.poll() is None:
-            attempt.supervisor.terminate()
+            os.kill(attempt.supervisor.pid, signal.SIGTERM)
         code, console = attempt.end()
         self.problems.append(f"attempt {self.attempts}: {what}; exit {code}, {console[-1500:]}")
 

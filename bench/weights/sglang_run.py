@@ -15,7 +15,7 @@ from shared import say, spread
 
 from astracli.engines.client import EngineClient
 from astracli.engines.contract import UNPROVEN, flushes
-from astracli.weights.format.manifest import write_atomic
+from astracli.process.atomic import write_atomic
 from astracli.weights.receive.subscriber import Subscriber
 from weights.sglang_server import TOKEN, Server, Trainer
 from weights.streams import MARGIN, Kept, Meter

@@ -144,9 +144,16 @@ function card(i) {
   element("pre", "prompt clip", text("problem", i), box);
   const body = element("pre", "clip completion", undefined, box), kind = byId("filters").elements.colour.value;
   if (s.completion[i] !== null) element("div", "", s.texts[s.completion[i]], body);
+  const several = s.logprobs[i].includes(null);  // turns, and between them what the policy did not draw
+  let block = body, told = null, turns = 0;
   s.tokens[i].forEach((token, k) => {
-    if (s.cut[i] && k === s.tokens[i].length - s.tail) element("em", "", ` … ${s.cut[i]} tokens … `, body);
-    const span = element("span", "", s.vocabulary[token], body), color = shade(kind, s.logprobs[i][k] || 0, s.advantage[i]);
+    if (several && (s.logprobs[i][k] === null) !== told) {
+      told = s.logprobs[i][k] === null;
+      block = element("div", told ? "between" : "turn turn" + turns++ % 4, undefined, body);
+      block.title = told ? "not drawn by the policy" : "turn " + turns;
+    }
+    if (s.cut[i] && k === s.tokens[i].length - s.tail) element("em", "", ` … ${s.cut[i]} tokens … `, block);
+    const span = element("span", "", s.vocabulary[token], block), color = shade(kind, s.logprobs[i][k] || 0, s.advantage[i]);
     if (s.logprobs[i][k] === null) { span.className = "told"; span.title = "not drawn by the policy"; return; }
     if (color) span.style.background = color;
     span.title = `${JSON.stringify(s.vocabulary[token])}  log p ${(-(s.logprobs[i][k] || 0) / 100).toFixed(2)}`;
@@ -154,6 +161,11 @@ function card(i) {
   const gold = element("pre", "", undefined, box);
   element("em", "", "answer ", gold);
   gold.appendChild(document.createTextNode(text("answer", i)));
+  if (text("logged", i)) {
+    const logged = element("pre", "", undefined, box);
+    element("em", "", "logged ", logged);
+    logged.appendChild(document.createTextNode(text("logged", i)));
+  }
   return box;
 }
 

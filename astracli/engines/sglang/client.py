@@ -6,6 +6,12 @@ loading again; unquantized layers do neither. Neither call flushes, labels or pa
 unless the server is paused: they belong inside the pause. Earlier releases know neither route. (SGLang 0.5.21 and
 0.5.23: `_WeightUpdateSession` in `srt/managers/scheduler_components/weight_updater.py`,
 `_weight_update_session_call` in `srt/managers/tokenizer_control_mixin.py`; 0.5.20 has no such route.)
+
+`output_ids` and `output_token_logprobs` hold every token that was drawn, stop tokens and the tokens of a stop string
+included: `no_stop_trim` is about the answer's text. SGLang looks for a stop string in the text of the latest tokens, as
+many as the string's own encoding has and one more: it goes on behind a string that was drawn in smaller pieces. And it
+looks at the limit of tokens before anything else. Where a completion ends is therefore decided in `engines.client`.
+(0.5.17: `Req.update_finish_state`, `tail_str` and `output_ids_through_stop` in `srt/managers/schedule_batch.py`.)
 """
 
 from __future__ import annotations
@@ -22,8 +28,8 @@ from typing import Any
 
 from astracli.engines.client import CONTROL_S, EngineClient
 from astracli.engines.contract import UNPROVEN, Ended, GenRequest, GenResult, UpdateReply
-from astracli.process.http import Reply
 from astracli.errors import RunFailed
+from astracli.process.http import Reply
 
 STAGED_LOADER = "astracli.engines.sglang.loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
@@ -35,6 +41,9 @@ BEGIN, END = "/begin_weight_update", "/end_weight_update"
 CLOSE_S = 10.0
 """How long to wait for the server to end an update that broke off."""
 _SEED_BITS = (1 << 63) - 1
+_NAN = "NaN happened"
+"""What SGLang says it matched, with the finish reason `stop`, when it drew a token that is none and put another in its
+place. (`Req._check_vocab_boundary_finish`)"""
 
 
 class SglangClient(EngineClient):
@@ -80,6 +89,15 @@ class SglangClient(EngineClient):
             if "stop" in sampling:
                 sampling["no_stop_trim"] = True  # tokens as they were drawn
         return body
+
+    def _read(self, request: GenRequest, answer: Mapping[str, Any]) -> GenResult:
+        meta = answer["meta_info"]
+        if meta["finish_reason"].get("matched") == _NAN:
+            version = meta["weight_version"]
+            raise RunFailed(
+                f"{self.name}: the model produces NaN at weight version {version}", "see grad_norm in the metrics"
+            )
+        return super()._read(request, answer)
 
     def _never_began(self, reply: Reply) -> bool:
         return reply.status_code == 400 and "was aborted" in reply.text

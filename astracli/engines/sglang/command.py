@@ -12,8 +12,9 @@ from astracli.engines.contract import UNPROVEN, flushes
 from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
 from astracli.engines.sglang.settings import own
 from astracli.errors import RunFailed
+from astracli.process.atomic import write_atomic
 from astracli.process.config import EngineConfig
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 """Environment of the server: where its ranks meet. By itself SGLang opens a TCP store of torch's for its one rank, and

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,7 +37,7 @@ from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.placement import PlacementRecorder
 from astracli.weights.receive.reading import READBACK, RESULT, Prepared, prepare
 from astracli.weights.receive.resident import Resident
-from astracli.weights.receive.staging import Staging
+from astracli.weights.receive.staging import Staging, beside
 from astracli.weights.receive.watcher import StageWatcher
 
 _SWITCH_S = 2e-4
@@ -95,7 +95,7 @@ class LoadedModel:
         if self._stream is not None:
             from astracli.weights.device import scatter_kernels
 
-            with self.beside():
+            with beside(self._device, self._stream):
                 scatter_kernels.warm(self._device)
 
     def load(self, prepared: Prepared) -> None:
@@ -106,15 +106,6 @@ class LoadedModel:
             resident.load(prepared)
             with quickly:
                 resident.stage(prepared, self.staging)
-
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        """On the model's device, beside the engine's own stream."""
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            if self._stream is not None:
-                stack.enter_context(torch.cuda.device(self._device))
-                stack.enter_context(torch.cuda.stream(self._stream))
-            yield
 
     # ---- in the pause ----
 
@@ -154,7 +145,7 @@ class LoadedModel:
 
         def read(spent: dict[str, float]) -> dict[str, str]:
             spent["wait_s"] = time.perf_counter() - begin
-            with quick, self.beside():
+            with quick, beside(self._device, self._stream):
                 return self.read_back(entries, spent)
 
         def failed(_: str) -> None:
@@ -207,7 +198,7 @@ def apply_staged(model: Any, named_tensors: Iterable[Any] = ()) -> None:
         prepared = apply.current(stage_dir, engine.watcher.take())
         entries = prepared.manifests[-1].tensors if prepared.manifests else ()
         record_s, resident = time.perf_counter(), engine.place(entries) if entries else None
-        with engine.staging.applied() if prepared.kind == "full" else contextlib.nullcontext():
+        with engine.staging.applied() if prepared.brings_tensors else contextlib.nullcontext():
             if resident is not None and not resident.fits(prepared):  # a parameter has moved since it was loaded
                 prepared = prepare(stage_dir)
             record_s = time.perf_counter() - record_s

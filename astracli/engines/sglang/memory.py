@@ -53,7 +53,7 @@ class SglangMemory(MemoryModel):
         if shape.state_bytes_per_sequence:
             states = shape.state_bytes_per_sequence * (requests + self.spare_states)
             rows.append(MemoryRow(name, Component.RECURRENT_STATE, "gpu", states))
-        staged = int(STAGED_BYTES * shape.parameters)
+        staged = 0 if recipe.weights.transfer == "adapter" else int(STAGED_BYTES * shape.parameters)
         return [
             *rows,
             MemoryRow(name, Component.PREFILL, "gpu", self._prefill(shape, recipe), "estimated"),

@@ -26,11 +26,12 @@ import astracli
 from astracli.engines.sglang import checkpoint, command, failure_hints
 from astracli.errors import RunFailed
 from astracli.process import ports
+from astracli.process.atomic import write_atomic
 from astracli.process.children import exit_words
 from astracli.process.config import EngineConfig
 from astracli.process.health import answers
 from astracli.process.worker import Reporter, worker_main
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 NEEDED = ("sglang", "torch", "numpy", "xxhash", "zstandard")
 """Modules that the server and our weight loader inside it import."""
@@ -109,7 +110,7 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         "ASTRA_START_VERSION": "" if config.published else "0",
         "ASTRA_VERIFY_INTERVAL": str(config.recipe.weights.verify_interval),
         "ASTRA_STAGING": config.staging,
-        "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer == "full" else "",
+        "ASTRA_STAGING_KEPT": "1" if config.recipe.weights.transfer != "delta" else "",
     }
 
 

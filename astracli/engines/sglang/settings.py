@@ -16,16 +16,18 @@ NAME = "sglang"
 
 class SglangTable(Table):
     attention_backend: str = "auto"
+    """SGLang's `--attention-backend`. `auto`: the one that the backend table chooses for this GPU."""
     linear_attention_backend: str = "auto"
+    """SGLang's `--linear-attn-backend`, of a hybrid model. `auto`: as for `attention_backend`."""
     mem_fraction_static: float = Field(default=0.7, gt=0.0, lt=1.0)
-    """Part of its GPU that an engine reserves for weights, recurrent state and KV cache. At most: beside a trainer
-    (`resources.share_gpus`) it is what that one leaves."""
+    """Share of its GPU's memory that an engine reserves for weights, recurrent state and KV cache. On a GPU that it
+    shares with a trainer (`resources.share_gpus`) it reserves at most what the trainer leaves."""
     chunked_prefill_size: PositiveInt = 8192
-    """Tokens of one prefill chunk; bounds the fp32 logits of a prefill."""
+    """Tokens of one prefill chunk. It bounds the memory for the fp32 logits of a prefill."""
     prefill_delay_ratio: float = Field(default=0.0, ge=0.0, le=0.5)
-    """SGLang's prefill delayer: it takes up new requests only when so many wait, as a part of those that run, or after
-    a tenth of a second, and when as many slots are free as its largest prefill filled. 0: at once. Requests already come
-    in bursts (`rollout.refill_requests`); this keeps together what of a burst arrives late."""
+    """SGLang's prefill delayer: it takes up new requests when this share of the number that runs is waiting, or after a
+    tenth of a second, and only when as many slots are free as its largest prefill filled. 0: at once. Requests already
+    come in bursts (`rollout.refill_requests`); the delayer keeps a burst together whose requests arrive one by one."""
 
 
 def own(recipe: Recipe) -> SglangTable:

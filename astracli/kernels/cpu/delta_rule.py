@@ -150,15 +150,18 @@ class _ConvSilu(torch.autograd.Function):
         return torch.nn.functional.silu(mixed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None]:
         x, taps_JC, mixed = ctx.saved_tensors
         last = len(taps_JC) - 1
         grad = torch.ops.aten.silu_backward(grads[0], mixed)
         d_x = grad * taps_JC[last]
+        for back in range(1, min(last + 1, x.shape[1])):
+            d_x[:, :-back].addcmul_(grad[:, back:], taps_JC[last - back])
+        if not ctx.needs_input_grad[1]:
+            return d_x, None
         d_taps = torch.zeros_like(taps_JC)
         d_taps[last] = (grad * x).sum((0, 1))
         for back in range(1, min(last + 1, x.shape[1])):
-            d_x[:, :-back].addcmul_(grad[:, back:], taps_JC[last - back])
             d_taps[last - back] = (grad[:, back:] * x[:, :-back]).sum((0, 1))
         return d_x, d_taps.t()
 

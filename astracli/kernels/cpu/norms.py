@@ -35,9 +35,9 @@ class _RmsNorm(torch.autograd.Function):
         return normal * scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
         normal, inverse, scale = ctx.saved_tensors
-        d_scale = _sum_rows(grads[0] * normal)
+        d_scale = _sum_rows(grads[0] * normal) if ctx.needs_input_grad[1] else None
         return _normalise_backward(grads[0] * scale, normal, inverse), d_scale, None
 
 
@@ -52,10 +52,10 @@ class _GatedRmsNorm(torch.autograd.Function):
         return (normal * scale).mul_(open_)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor | None, None]:
         normal, inverse, gate, open_, scale = ctx.saved_tensors
         d_scaled = grads[0] * open_
-        d_scale = _sum_rows(d_scaled * normal)
+        d_scale = _sum_rows(d_scaled * normal) if ctx.needs_input_grad[2] else None
         d_gate = torch.ops.aten.silu_backward((grads[0] * normal).mul_(scale), gate)
         return _normalise_backward(d_scaled.mul_(scale), normal, inverse), d_gate, d_scale, None
 

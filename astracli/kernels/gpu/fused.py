@@ -134,12 +134,15 @@ def _one_number(value: float, device: torch.device) -> Tensor:
 def _mlp(module: Any, x: Tensor) -> Tensor:
     """down(silu(gate) * up); the product is not kept but made again in the backward pass."""
     layers = module.gate_proj, module.up_proj, module.down_proj
-    sums = [weight_gradients.served(layer) for layer in layers]
+    sums = [place for layer in layers if (place := weight_gradients.served(layer)) is not None]
     kernels, down = fla(), module.down_proj
     result: Tensor
-    if None not in sums and all(layer.bias is None for layer in layers):
-        weights = [layer.weight for layer in layers]
+    if len(sums) == len(layers) and all(layer.bias is None for layer in layers):
+        weights = [*(layer.weight for layer in layers), *weight_gradients.anchors(sums)]
         result = weight_gradients.GatedMlp.apply(x, kernels.swiglu, kernels.swiglu_again, sums, *weights)
+    elif any(isinstance(place, weight_gradients.LowRank) for place in sums):  # some of the three have an adapter
+        gate_and_up = module.gate_proj(x), module.up_proj(x)
+        result = down(weight_gradients.GatedProduct.apply(*gate_and_up, kernels.swiglu, kernels.swiglu_again))
     else:
         result = kernels.swiglu_linear(module.gate_proj(x), module.up_proj(x), down.weight, down.bias)
     return result

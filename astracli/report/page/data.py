@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from astracli.evaluation.passk import interval
+from astracli.process.atomic import write_atomic
 from astracli.report import run_files
+from astracli.report.live import judged
 from astracli.runs import metrics
 from astracli.runs.metrics import Record
 from astracli.runs.names import REWARD
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 MACHINE_FILE = "machine.json"
 DIGITS = 5
@@ -192,7 +194,7 @@ def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) ->
     trends = run_files.trends(run)
     found = [
         {
-            "label": f"{trend.benchmark} avg@{trend.n}",
+            "label": f"{judged(trend.benchmark, vars(trend))} avg@{trend.n}",
             "value": f"{trend.last:.3f}",
             "note": (f"{trend.difference:+.3f} from {trend.first:.3f} " if trend.last_step != trend.first_step else "")
             + f"at step {trend.first_step}"

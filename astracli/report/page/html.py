@@ -9,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from astracli.process.atomic import write_atomic
 from astracli.report import samples as report_samples
 from astracli.report.page import data as report_data
-from astracli.runs.run_dir import RunDir, write_atomic
+from astracli.runs.run_dir import RunDir
 
 NAME = "report.html"
 _MARK = re.compile(r"@@([A-Z]+)@@")

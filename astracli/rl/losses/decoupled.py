@@ -15,7 +15,7 @@ from astracli.rl.losses.clipping import Capped, Weighted, clipped_loss, ratio, w
 
 class Settings(Capped):
     weight_cap: PositiveFloat = 5.0
-    """Largest weight pi_proximal / pi_behaviour, 2 to 10: a token over it trains nothing."""
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10. Tokens with a larger weight are not trained on."""
 
 
 def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:

@@ -15,7 +15,7 @@ from astracli.rl.losses.clipping import RangeSettings, fixed_range, token_clippe
 
 class Settings(RangeSettings):
     loss_length: PositiveInt | None = None
-    """Tokens that a sequence's summed loss is divided by; None is `rollout.max_new_tokens`."""
+    """The loss of a sequence is summed over its tokens and divided by this number. None: `rollout.max_new_tokens`."""
 
 
 def total(minibatch: Minibatch, settings: Settings) -> float:

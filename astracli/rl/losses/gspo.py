@@ -19,7 +19,7 @@ class Settings(Clipped):
     clip_low: PositiveFloat = 3e-4
     """The clip range of s is [1 - clip_low, 1 + clip_high]."""
     clip_high: PositiveFloat = 4e-4
-    """The paper's; a token's range would never be reached."""
+    """As in the paper. s changes far less than the ratio of one token, so usual ranges would never be reached."""
 
 
 def token_loss(tokens: Tokens, limits: ClipRange) -> TokenLoss:

@@ -43,7 +43,7 @@ EDGE = 1e-6
 
 class Settings(UsualSettings):
     variant: Literal["mask", "waterfill", "clip"] = "clip"
-    """Which published form."""
+    """Which published form of the algorithm (docs/algorithms.md)."""
     m2_threshold: PositiveFloat = 0.01
     """Bound on the second moment of the log-ratio over candidate tokens, 0.003 to 0.04."""
 

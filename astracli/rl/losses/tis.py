@@ -22,7 +22,7 @@ from astracli.rl.losses.clipping import Capped, Weighted, clipped_loss, ratio, w
 
 class Settings(Capped):
     weight_cap: PositiveFloat = 2.0
-    """Largest weight pi_proximal / pi_behaviour, 2 to 10: a token over it keeps this weight."""
+    """Largest weight pi_proximal / pi_behaviour, 2 to 10. Larger weights are set to it."""
 
 
 def token_loss(tokens: Tokens, limits: Weighted) -> TokenLoss:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import xxhash
 from astracli.weights import WeightCorrupt
 
 FORMAT = 1
-MANIFEST = {"delta": "manifest.json", "full": "manifest.full.json"}
+MANIFEST = {"delta": "manifest.json", "full": "manifest.full.json", "adapter": "manifest.adapter.json"}
 STABLE = "STABLE"
 NONCE = "NONCE"
 """File in the weights directory with a random text of the server's; whoever can read it there shares the disk."""
@@ -29,7 +28,13 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The dtypes that travel, and their width."""
 DELTA_ENCODINGS = frozenset({"none", "gap-ulp", "gap-xor", "dense-ulp", "dense-xor", "dense-raw", "mixed"})
 
-Kind = Literal["full", "delta"]
+LOW_RANK = "low-rank"
+"""Encoding of an adapter's pieces: A [R, I], then scaled B [O, R], both fp32, of the whole tensor [O, I]."""
+BASE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+"""Dtypes of a safetensors file that a receiver can merge an adapter into, and their width."""
+
+Kind = Literal["full", "delta", "adapter"]
+_BASE_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 
@@ -82,16 +87,29 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class BaseFile:
+    """Where a tensor without its adapter lies, in the directory of the model that the run started from."""
+
+    file: str
+    offset: int
+    """Bytes from the start of the file."""
+    dtype: str
+    """As safetensors writes it."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     model: str
     version: int
     base_version: int | None
-    """None for a full version."""
+    """None for a full version, and for an adapter, which belongs to the weights that the run started from."""
     kind: Kind
     tensors: tuple[TensorEntry, ...]
     files: dict[str, FileEntry] = field(default_factory=dict)
     frozen_digests: dict[str, str] = field(default_factory=dict)
     """Tensors that never travel: frozen ones, and tied ones (the digest of what they are tied to)."""
+    base: dict[str, BaseFile] = field(default_factory=dict)
+    """Of an adapter: what each tensor with pieces is merged into."""
 
     @property
     def payload_bytes(self) -> int:
@@ -110,7 +128,11 @@ class Manifest:
         # not `asdict`, which copies every value: a trainer stands still for it
         tensors = [vars(t) | {"pieces": [vars(p) for p in t.pieces]} for t in self.tensors]
         files = {name: vars(file) for name, file in self.files.items()}
-        return seal({"format": FORMAT, **vars(self), "tensors": tensors, "files": files})
+        doc = {"format": FORMAT, **vars(self), "tensors": tensors, "files": files}
+        del doc["base"]
+        if self.base:
+            doc["base"] = {name: vars(place) for name, place in self.base.items()}
+        return seal(doc)
 
     @classmethod
     def from_bytes(cls, blob: bytes, what: str = "manifest") -> Manifest:
@@ -124,7 +146,8 @@ class Manifest:
                 for t in doc.pop("tensors")
             )
             files = {name: FileEntry(**f) for name, f in doc.pop("files").items()}
-            manifest = cls(tensors=tensors, files=files, **doc)
+            base = {name: BaseFile(**place) for name, place in doc.pop("base", {}).items()}
+            manifest = cls(tensors=tensors, files=files, base=base, **doc)
             problem = next(_problems(manifest), None)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WeightCorrupt(f"{what} is not a manifest: {error!r}") from error
@@ -140,8 +163,14 @@ def _is_count(*values: Any) -> bool:
 def _problems(m: Manifest) -> Iterator[str]:
     if not _is_count(m.version) or m.kind not in MANIFEST or not isinstance(m.model, str):
         yield f"model {m.model!r}, version {m.version!r}, kind {m.kind!r}"
-    if m.kind == "full" and m.base_version is not None:
-        yield f"a full version with base {m.base_version}"
+    if m.kind != "delta" and m.base_version is not None:
+        yield f"{'a full version' if m.kind == 'full' else 'an adapter'} with base {m.base_version}"
+    if set(m.base) != {tensor.name for tensor in m.tensors if tensor.pieces and m.kind == "adapter"}:
+        yield "tensors to merge into that are not those with an adapter"
+    for name, place in m.base.items():
+        known = place.dtype in BASE_BYTES and _is_count(place.offset) and isinstance(place.file, str)
+        if not known or not _BASE_FILE.fullmatch(place.file):
+            yield f"tensor `{name}` is merged into {place}"
     if m.kind == "delta" and not (_is_count(m.base_version) and m.base_version < m.version):  # type: ignore[operator]
         yield f"version {m.version} with base {m.base_version!r}"
     for name, file in m.files.items():
@@ -171,6 +200,8 @@ def _tensor_problems(m: Manifest, t: TensorEntry) -> Iterator[str]:
             yield f"piece at byte {p.offset} of `{p.file}`, {p.bytes} bytes"
         if m.kind == "full" and (p.encoding != "raw" or p.bytes != p.length * t.itemsize or p.count != p.length):
             yield f"full piece of {p.length} elements, `{p.encoding}`, {p.bytes} bytes"
+        if m.kind == "adapter" and not _is_low_rank(t, p):
+            yield f"an adapter's piece of {p.length} elements of {t.shape}, `{p.encoding}`, {p.bytes} bytes"
         if m.kind == "delta" and p.encoding not in DELTA_ENCODINGS - {"none", "mixed"}:
             yield f"piece with encoding {p.encoding!r}"
         end = p.start + p.length
@@ -179,6 +210,12 @@ def _tensor_problems(m: Manifest, t: TensorEntry) -> Iterator[str]:
         yield f"{t.count} changes as `{t.encoding}`, its pieces disagree"
     if m.kind == "full" and covered != t.numel:
         yield f"pieces hold {covered} of {t.numel} elements"
+
+
+def _is_low_rank(t: TensorEntry, p: Piece) -> bool:
+    """Both factors of one rank, for all of a matrix."""
+    whole = len(t.shape) == 2 and t.dtype != "float16" and (p.start, p.length, p.count) == (0, t.numel, t.numel)
+    return whole and p.encoding == LOW_RANK and p.bytes > 0 and p.bytes % (4 * sum(t.shape)) == 0
 
 
 def joint_encoding(pieces: tuple[Piece, ...] | list[Piece]) -> str:
@@ -239,20 +276,3 @@ def hash_file(path: Path) -> str:
     """xxh3-128 of a file, in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def write_atomic(path: Path, blob: bytes, *, sync: bool = False) -> None:
-    """Write beside and rename: a reader sees the old file or the new one. `sync` also survives a power cut."""
-    part = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(part, "wb") as file:
-        file.write(blob)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, path)
-    if sync:
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from astracli.errors import RunFailed
-from astracli.weights.format.manifest import MANIFEST, STABLE, Manifest, seal, unseal, write_atomic
+from astracli.process.atomic import write_atomic
+from astracli.weights.format.manifest import MANIFEST, STABLE, BaseFile, Manifest, seal, unseal
 from astracli.weights.publish import payload
 
 
@@ -35,6 +36,8 @@ class Committer:
     """This rank's tensors that never change."""
     tied: Mapping[str, str]
     """Names that never travel -> those that do."""
+    base: Mapping[str, BaseFile] = field(default_factory=dict)
+    """Where tensors with an adapter lie without it."""
 
     def commit(
         self, directory: Path, version: int, base_version: int | None, parts: list[payload.Part]
@@ -82,7 +85,9 @@ class Committer:
             tied = {name: digests.get(source, "") for name, source in self.tied.items()}
             if missing := [name for name, value in tied.items() if not value]:
                 raise RunFailed(f"tied to a tensor that is not published: {', '.join(missing)}")
-            manifests.append(Manifest(self.model_name, version, base, part.kind, tensors, files, frozen | tied))
+            places = {t.name: self.base[t.name] for t in tensors if t.pieces} if part.kind == "adapter" else {}
+            manifest = Manifest(self.model_name, version, base, part.kind, tensors, files, frozen | tied, places)
+            manifests.append(manifest)
         return manifests
 
     def _declare_stable(self, directory: Path, version: int, manifests: list[Manifest]) -> None:

@@ -23,7 +23,7 @@ import xxhash
 from astracli.errors import RunFailed
 from astracli.weights.device.host import chunks_of
 from astracli.weights.format import codec, digest
-from astracli.weights.format.manifest import FileEntry, Kind, Piece, TensorEntry, joint_encoding
+from astracli.weights.format.manifest import LOW_RANK, FileEntry, Kind, Piece, TensorEntry, joint_encoding
 from astracli.weights.publish.writing import HashingFile
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ PIECE = 1 << 22
 _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 Bits = np.ndarray[Any, Any]
+Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
+"""{HF name: A [R, I] and scaled B [O, R], fp32 on the CPU}"""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,26 @@ def _coded(level: int, pair: _Pair) -> tuple[_Pair, codec.Encoded, float, float]
     middle = time.perf_counter()
     encoded = codec.encode_changed(old, new, indices, level)
     return pair, encoded, middle - begin, time.perf_counter() - middle
+
+
+def write_adapter(
+    directory: Path, rank: int, tensors: Mapping[str, Local], lanes: Mapping[str, str], factors: Factors
+) -> Part:  # fmt: skip
+    """Write both factors of every tensor with an adapter into `adapter-RANK.bin`. Every rank says what it holds of the
+    merged tensors; rank 0 writes."""
+    part, begin = Part("adapter", described(tensors, lanes)), time.perf_counter()
+    if rank:
+        return part
+    out = HashingFile(path := directory / f"adapter-{rank:05d}.bin")
+    for name, (a_RI, b_OR) in factors.items():
+        payload = b"".join(factor.numpy().astype("<f4").tobytes() for factor in (a_RI, b_OR))
+        count = prod(tensors[name].shape)
+        offset, checksum = out.write(payload), xxhash.xxh3_128_hexdigest(payload)
+        where = (0, count, path.name, offset, len(payload), checksum)
+        part.tensors[name].pieces = [Piece(*where, LOW_RANK, count)]
+    part.files = out.close()
+    part.write_s = time.perf_counter() - begin
+    return part
 
 
 def write_full(

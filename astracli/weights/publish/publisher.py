@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from astracli.errors import RunFailed
-from astracli.weights.format.manifest import STABLE, version_name
+from astracli.weights.format.manifest import STABLE, BaseFile, version_name
 from astracli.weights.publish import payload, retention
 from astracli.weights.publish.committer import Committer
 from astracli.weights.publish.encoder import EncoderProcess
@@ -27,7 +27,7 @@ class PublishResult:
 
     version: int
     bytes_delta: int
-    """0 when the version has no delta."""
+    """Of the delta, or of the adapter; 0 when the version has neither."""
     bytes_full: int
     """Of the full payload, or what one would take: every element in its wire dtype."""
     full_written: bool
@@ -45,6 +45,8 @@ class PublishResult:
     """How long the caller stood still because the previous version was still being written."""
     snapshot_s: float = 0.0
     """How long the caller stood still for the copy that is published."""
+    by_adapter: bool = False
+    """`bytes_delta` is an adapter's; `changed` counts all elements that it belongs to."""
 
     @property
     def bytes(self) -> int:
@@ -68,15 +70,15 @@ class Publisher:
     the same versions; every element of a tensor is given by exactly one rank. `frozen` tensors never change: their
     digests stand in every manifest; `tied` maps a name that never travels to the one that does. `leaves`: the device is
     given up between versions; what the next is compared with waits on the host, and nothing is published in the
-    background.
+    background. `base`: with adapters, where the tensors lie that they are merged into.
     """
 
     def __init__(
-        self, directory: Path, *, transfer: Literal["full", "delta"] = "delta", full_interval: int = 10, keep: int = 12,
-        level: int = 1, model_name: str = "", rank: int = 0, world_size: int = 1, session: str = "",
+        self, directory: Path, *, transfer: Literal["full", "delta", "adapter"] = "delta", full_interval: int = 10,
+        keep: int = 12, level: int = 1, model_name: str = "", rank: int = 0, world_size: int = 1, session: str = "",
         frozen: Mapping[str, Source] | None = None, tied: Mapping[str, str] | None = None,
         pinned: Callable[[int], bool] = lambda version: False, threads: int = 1, leaves: bool = False,
-        rank_timeout_s: float = 600.0,
+        base: Mapping[str, BaseFile] | None = None, rank_timeout_s: float = 600.0,
     ):  # fmt: skip
         if world_size > 1 and not session:
             raise ValueError("several ranks need a session that no earlier attempt used")
@@ -86,9 +88,13 @@ class Publisher:
         self.rank, self.pinned = rank, pinned
         frozen_locals = {name: local(source, copy=False) for name, source in (frozen or {}).items()}
         never_sent = payload.Part("full", payload.described(frozen_locals, lanes_of(frozen_locals)))
-        self._ranks = Committer(model_name, rank, world_size, session, rank_timeout_s, never_sent, dict(tied or {}))
+        self._ranks = Committer(
+            model_name, rank, world_size, session, rank_timeout_s, never_sent, dict(tied or {}), dict(base or {})
+        )
         self.base: dict[str, payload.Local] = {}
         self._base_version: int | None = None
+        self._known: dict[str, tuple[Any, ...]] = {}
+        """What the tensors of the last version were."""
         self._threads = ThreadPoolExecutor(threads, "weights-encode") if threads > 1 else None
         self._encoder = EncoderProcess(threads)
         self._background = ThreadPoolExecutor(1, "weights-publish")
@@ -100,19 +106,24 @@ class Publisher:
 
     # ---- what the trainer calls ----
 
-    def publish(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
-        """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard).
+    def publish(
+        self, version: int, tensors: Mapping[str, Source], *, owned: bool = False,
+        factors: payload.Factors | None = None,
+    ) -> PublishResult:  # fmt: skip
+        """Publish now, in this thread. `tensors`: HF name -> tensor in its wire dtype (or this rank's Shard). With
+        `transfer` "adapter", `factors` are those that are merged into them.
 
         `owned`: the caller never writes to `tensors` again, so they need no copy. From the second version on, tensors
         on a GPU with room for another version are compared and coded there; otherwise they come to the host.
         """
         waited = self.settle()
-        taken = self._take(tensors, owned)
-        return replace(self.publish_now(version, taken.tensors, taken.lanes), waited_s=waited, snapshot_s=taken.seconds)
+        taken = self._take(version, tensors, owned)
+        result = self.publish_now(version, taken.tensors, taken.lanes, factors)
+        return replace(result, waited_s=waited, snapshot_s=taken.seconds)
 
     def publish_async(
         self, version: int, tensors: Mapping[str, Source], on_published: Callable[[PublishResult], None] | None = None,
-        *, owned: bool = False,
+        *, owned: bool = False, factors: payload.Factors | None = None,
     ) -> float:  # fmt: skip
         """Publish a copy of `tensors` in the background. Returns the seconds waited for the previous version.
 
@@ -122,12 +133,12 @@ class Publisher:
         if self._rest is not None:
             raise ValueError("what leaves its device is not published in the background")
         waited = self.settle()
-        taken = self._take(tensors, owned)
+        taken = self._take(version, tensors, owned)
 
         def work() -> PublishResult:
             try:
                 with self._beside(taken):
-                    result = self.publish_now(version, taken.tensors, taken.lanes)
+                    result = self.publish_now(version, taken.tensors, taken.lanes, factors)
                 result = replace(result, waited_s=waited, snapshot_s=taken.seconds)
                 if on_published:
                     on_published(result)
@@ -161,18 +172,21 @@ class Publisher:
         pending, self._pending = self._pending, None
         return pending.result() if pending else None
 
-    def restart(self, version: int, tensors: Mapping[str, Source], *, owned: bool = False) -> PublishResult:
+    def restart(
+        self, version: int, tensors: Mapping[str, Source], *, owned: bool = False,
+        factors: payload.Factors | None = None,
+    ) -> PublishResult:  # fmt: skip
         """Continue from a checkpoint: forget every version after `version` and publish `version` anew, in full."""
         self.settle()
-        self.base, self._base_version = {}, None
+        self.base, self._base_version, self._known = {}, None, {}
         if self.rank == 0:
             for path in self.directory.glob("v[0-9]*"):
                 number = int(path.name[1:])
                 if number > version:
                     retention.remove(self.directory, number)
             (self.directory / version_name(version) / STABLE).unlink(missing_ok=True)
-        taken = self._take(tensors, owned)
-        return replace(self.publish_now(version, taken.tensors, taken.lanes), snapshot_s=taken.seconds)
+        taken = self._take(version, tensors, owned)
+        return replace(self.publish_now(version, taken.tensors, taken.lanes, factors), snapshot_s=taken.seconds)
 
     def close(self) -> None:
         """Finish the background, end the threads. Raises the background's error."""
@@ -191,9 +205,20 @@ class Publisher:
         """`map` over chunks or pieces, in threads when there are some."""
         return self._threads.map if self._threads else map
 
-    def _take(self, tensors: Mapping[str, Source], owned: bool) -> Snapshot:
+    def by_digest(self, version: int) -> bool:
+        """Whether no byte of the tensors of `version` is needed, only their digests: an adapter alone travels."""
+        return self._base_version is not None and self.transfer == "adapter" and version % self.full_interval > 0
+
+    def _take(self, version: int, tensors: Mapping[str, Source], owned: bool) -> Snapshot:
+        if self.by_digest(version):
+            begin = time.perf_counter()
+            locals_ = {name: local(tensor, copy=False) for name, tensor in tensors.items()}
+            return Snapshot(locals_, lanes_of(locals_), None, time.perf_counter() - begin)
         stay = self._rest is not None  # its copy is made behind the version, and nobody trains until then
-        return take(tensors, owned=owned or stay, first=self._base_version is None, stay=stay, run=self._run)
+        to_host = (
+            self._base_version is None or self.transfer == "adapter"
+        )  # with adapters, nothing is compared on a GPU
+        return take(tensors, owned=owned or stay, first=to_host, stay=stay, run=self._run)
 
     @contextlib.contextmanager
     def _beside(self, taken: Snapshot) -> Iterator[None]:
@@ -212,8 +237,9 @@ class Publisher:
                 self._stream.synchronize()
 
     def publish_now(
-        self, version: int, tensors: dict[str, payload.Local], lanes: dict[str, str] | None
-    ) -> PublishResult:
+        self, version: int, tensors: dict[str, payload.Local], lanes: dict[str, str] | None,
+        factors: payload.Factors | None = None,
+    ) -> PublishResult:  # fmt: skip
         begin = time.perf_counter()
         directory = self.directory / version_name(version)
         if self.rank == 0 and (directory / STABLE).exists():
@@ -225,6 +251,7 @@ class Publisher:
         lanes = lanes or lanes_of(tensors)
         digest_s = time.perf_counter() - begin
         delta = self._base_version is not None and self.transfer == "delta"
+        adapter = self._base_version is not None and self.transfer == "adapter"
         parts = []
         run, delta_s = self._run, 0.0
         if delta:
@@ -232,10 +259,15 @@ class Publisher:
             where = (directory, self.rank, tensors, self.base, lanes, self.level)
             parts.append(payload.write_delta(*where, run, self._encoder))
             delta_s = time.perf_counter() - compared
-        if not delta or version % self.full_interval == 0:
+        if adapter:
+            assert factors is not None, "an adapter travels, and none was given"
+            parts.append(payload.write_adapter(directory, self.rank, tensors, lanes, factors))
+        if not (delta or adapter) or version % self.full_interval == 0:
             parts.append(payload.write_full(directory, self.rank, tensors, lanes, run))
         manifests = self._ranks.commit(directory, version, self._base_version, parts)
-        if self._rest is not None:
+        if self.transfer == "adapter":
+            tensors = {}  # nothing is compared with them
+        elif self._rest is not None:
             self._base_version = None  # its copy is overwritten: a delta from half of that would be from no version
             tensors = self._rest.take(tensors)
         self.base, self._base_version = tensors, version
@@ -244,7 +276,7 @@ class Publisher:
         first, size = manifests[0], {m.kind: m.payload_bytes for m in manifests}
         return PublishResult(
             version=version,
-            bytes_delta=size.get("delta", 0),
+            bytes_delta=size.get("delta", size.get("adapter", 0)),
             bytes_full=size.get("full", sum(t.numel * t.itemsize for t in first.tensors)),
             full_written="full" in size,
             changed=first.changed,
@@ -255,11 +287,13 @@ class Publisher:
             encode_s=sum(p.encode_s for p in parts),
             write_s=sum(p.write_s for p in parts),
             publish_s=time.perf_counter() - begin,
+            by_adapter=adapter,
         )
 
     def _check_names(self, version: int, tensors: Mapping[str, payload.Local]) -> None:
-        known = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in self.base.items()}
+        known = self._known
         given = {n: (t.dtype, t.shape, t.start, len(t)) for n, t in tensors.items()}
         if known and known != given:
             odd = sorted(n for n in known.keys() | given.keys() if known.get(n) != given.get(n))
             raise RunFailed(f"version {version} has other tensors than {self._base_version}: {', '.join(odd[:5])}")
+        self._known = given

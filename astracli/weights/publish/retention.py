@@ -16,16 +16,24 @@ def prune(directory: Path, newest: int, keep: int, pinned: Callable[[int], bool]
     """
     present = versions_in(directory)
     kept = set(present[-keep:])
-    for target in [newest, *(v for v in present if pinned(v))]:
-        while target in present:
+    for needed in [newest, *(v for v in present if pinned(v))]:
+        target: int | None = needed
+        while target is not None and target in present:
             kept.add(target)
             kinds = read_stable(directory, target)["manifests"]
             if "full" in kinds:
                 break
-            target = kinds["delta"]["base_version"]
+            if "delta" in kinds:
+                target = kinds["delta"]["base_version"]
+            else:  # an adapter goes on any version, so one with all weights will do
+                target = _newest_full(directory, [v for v in present if v < target])
     for version in present:
         if version not in kept:
             remove(directory, version)
+
+
+def _newest_full(directory: Path, versions: list[int]) -> int | None:
+    return next((v for v in reversed(versions) if "full" in read_stable(directory, v)["manifests"]), None)
 
 
 def remove(directory: Path, version: int) -> None:

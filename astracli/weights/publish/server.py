@@ -11,8 +11,9 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astracli.process.atomic import write_atomic
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import NONCE, STABLE, read_stable, version_name, versions_in, write_atomic
+from astracli.weights.format.manifest import NONCE, STABLE, read_stable, version_name, versions_in
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from astracli.errors import AstraError
+from astracli.process.atomic import write_atomic
 from astracli.weights import WeightCorrupt, WeightMismatch
-from astracli.weights.format.manifest import Manifest, write_atomic
+from astracli.weights.format.manifest import Manifest
 from astracli.weights.receive.placement import EngineSlice, Target, placements
 from astracli.weights.receive.reading import NEXT, READBACK, RESULT, Prepared, prepare, read
 from astracli.weights.receive.resident import Resident
@@ -93,7 +94,11 @@ def perform(
 ) -> ApplyResult:
     """`apply` without its files."""
     placed = {name: placements(target) for name, target in tensors.items()}
-    if prepared.kind != "full" and prepared.base_version != have:
+    if prepared.kind == "adapter" and have is None:
+        raise WeightMismatch(
+            "an adapter is staged, and it is not known which weights the engine holds", "fetch a full version first"
+        )
+    if not prepared.brings_tensors and prepared.base_version != have:
         raise WeightMismatch(
             f"the staged delta changes version {prepared.base_version}, the engine holds {have}",
             "fetch from the engine's own version, or in full",

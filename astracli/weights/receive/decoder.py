@@ -97,9 +97,9 @@ def _rebuilt(doc: dict[str, Any], handle: int) -> reading.Prepared:
             group = flat.WidthGroup(width, [flat.Span(*s) for s in spans], value_count=values, index_count=indices)
             group.lay(memory[at : at + group.nbytes])
             groups.append(group)
-        files = {name: np.memmap(name, np.uint8, "r") for name in {raw[2] for raw in step["raws"]}}
+        files = {name: np.memmap(name, np.uint8, "r") for name in {raw[2] for raw in step["raws"]} if name}
         raws = [
-            flat.Raw(name, start, files[path][low : low + size].view(f"<u{width}"))
+            flat.Raw(name, start, (files[path] if path else memory)[low : low + size].view(f"<u{width}"))
             for name, start, path, low, size, width in step.pop("raws")
         ]
         prepared.manifests.append(Manifest(tensors=tensors, files={}, **step))
@@ -115,7 +115,8 @@ def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple
     prepared, steps = reading.open_plan(stage_dir)
     layouts, size = [], 0
     for step in steps:
-        coded = [c for c in step if c.piece.encoding != "raw"]
+        coded = [c for c in step if c.base is None and c.piece.encoding != "raw"]
+        merged = [c for c in step if c.base is not None]
         groups, places = flat.lay_out(
             (c.tensor.name, c.tensor.itemsize, c.piece.start, c.piece.length, c.piece.encoding, c.piece.count)
             for c in coded
@@ -123,25 +124,36 @@ def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple
         starts = {}
         for width, group in groups.items():
             starts[width], size = size, size + -(-group.nbytes // 8) * 8
-        layouts.append((coded, groups, places, starts))
+        merging = []
+        for each in merged:
+            merging.append((each, size))
+            size += -(-each.piece.length * each.tensor.itemsize // 8) * 8
+        layouts.append((coded, groups, places, starts, merging))
     handle = os.memfd_create("astra-decoded", os.MFD_CLOEXEC)
     own.callback(os.close, handle)
     os.ftruncate(handle, size)
     memory = np.frombuffer(mmap.mmap(handle, size), np.uint8) if size else np.zeros(0, np.uint8)
     documents = []
-    for manifest, step, (coded, groups, places, starts) in zip(prepared.manifests, steps, layouts, strict=True):
+    for manifest, step, (coded, groups, places, starts, merging) in zip(
+        prepared.manifests, steps, layouts, strict=True
+    ):
         used = [group for group in groups.values() if group.spans]
         for width, group in groups.items():
             group.lay(memory[starts[width] : starts[width] + group.nbytes])
-        _fill(list(zip(coded, places, strict=True)), groups, processes)
+        jobs: Jobs = list(zip(coded, places, strict=True))
+        for each, at in merging:
+            jobs.append((each, memory[at : at + each.piece.length * each.tensor.itemsize]))
+        _fill(jobs, groups, processes)
         documents.append({
             "model": manifest.model, "version": manifest.version, "base_version": manifest.base_version,
             "kind": manifest.kind, "frozen_digests": manifest.frozen_digests,
             "tensors": [(t.name, t.dtype, t.shape, t.encoding, t.count, t.digest) for t in manifest.tensors],
             "groups": [(g.width, starts[g.width], g.value_count, g.index_count, g.spans) for g in used],
             "raws": [
-                (c.tensor.name, c.piece.start, str(c.path), c.piece.offset, c.piece.bytes, c.tensor.itemsize)
-                for c in step if c.piece.encoding == "raw"
+                *((c.tensor.name, c.piece.start, str(c.path), c.piece.offset, c.piece.bytes, c.tensor.itemsize)
+                  for c in step if c.piece.encoding == "raw"),
+                *((c.tensor.name, 0, "", at, c.piece.length * c.tensor.itemsize, c.tensor.itemsize)
+                  for c, at in merging),  # in the memory, not in a file
             ],
         })  # fmt: skip
     doc = {"plan": prepared.plan.decode(), "version": prepared.version, "kind": prepared.kind, "steps": documents}
@@ -149,13 +161,15 @@ def _decode(stage_dir: Path, processes: int, own: contextlib.ExitStack) -> tuple
     return doc, handle
 
 
-Jobs = list[tuple[reading.CheckedPiece, flat.Place]]
+Jobs = list[tuple[reading.CheckedPiece, flat.Place | np.ndarray[Any, Any]]]
+"""A piece, and where in the memory it goes: changes into their groups, whole tensors to a range of bytes."""
 
 
 def _fill(jobs: Jobs, groups: dict[int, flat.WidthGroup], processes: int) -> None:
     """Decode every piece to its place in the groups' memory, which is shared. Raises WeightCorrupt, or OSError when a
     process ended without a word."""
-    processes = min(processes, sum(coded.piece.bytes for coded, _ in jobs) // LEAST_BYTES)
+    sizes = (c.piece.bytes if isinstance(place, flat.Place) else len(place) for c, place in jobs)
+    processes = min(processes, sum(sizes) // LEAST_BYTES)
     if processes < 2:
         _fill_here(jobs, groups)
         return
@@ -201,7 +215,11 @@ def _in_fork(jobs: Jobs, groups: dict[int, flat.WidthGroup], tell: int) -> NoRet
 
 def _fill_here(jobs: Jobs, groups: dict[int, flat.WidthGroup]) -> None:
     for coded, place in jobs:
-        flat.fill(groups, place, reading.decode(coded))
+        update = reading.decode(coded)
+        if isinstance(place, flat.Place):
+            flat.fill(groups, place, update)
+        else:
+            place[:] = update.values.view(np.uint8)
 
 
 def serve(link: socket.socket, processes: int) -> None:

@@ -12,15 +12,39 @@ import numpy as np
 import xxhash
 
 from astracli.weights import WeightCorrupt
-from astracli.weights.format import codec
+from astracli.weights.format import codec, low_rank
 from astracli.weights.format.flat import FlatStep, flatten
-from astracli.weights.format.manifest import Manifest, Piece, TensorEntry, unseal
+from astracli.weights.format.manifest import BASE_BYTES, LOW_RANK, BaseFile, Manifest, Piece, TensorEntry, unseal
 
 NEXT = "next.json"
 RESULT = "result.json"
 READBACK = "readback.json"
 _CHUNK = 1 << 20
 """Bytes hashed at a time, for the file and for the piece while they are in the cache."""
+
+
+class Base(NamedTuple):
+    """Where a tensor without its adapter lies: a range of a file of the model that the run started from."""
+
+    folder: Path
+    place: BaseFile
+
+    def bits(self, tensor: TensorEntry) -> np.ndarray[Any, Any]:
+        """uint16 or uint32 [numel], rounded to the tensor's dtype. Raises WeightCorrupt naming the file."""
+        path, width = self.folder / self.place.file, BASE_BYTES[self.place.dtype]
+        try:
+            raw = np.memmap(path, np.uint8, "r", self.place.offset, (tensor.numel * width,))
+        except (OSError, ValueError) as error:
+            raise WeightCorrupt(
+                f"cannot read `{tensor.name}` of the model in `{path}`: {error}",
+                "the model that the run started from must stay where it was",
+            ) from error
+        if self.place.dtype == "BF16" and tensor.itemsize == 2:
+            return raw.view("<u2")
+        kinds = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+        values = raw.view(kinds[self.place.dtype])
+        wide = low_rank.widened(values) if self.place.dtype == "BF16" else values.astype(np.float32)
+        return low_rank.rounded(wide, tensor.itemsize)
 
 
 class CheckedPiece(NamedTuple):
@@ -31,6 +55,8 @@ class CheckedPiece(NamedTuple):
     path: Path
     blob: np.ndarray[Any, Any]
     """uint8, mapped."""
+    base: Base | None = None
+    """Of an adapter: what it is merged into."""
 
 
 @dataclass
@@ -57,6 +83,11 @@ class Prepared:
     decode_s: float = 0.0
     load_s: float = 0.0
 
+    @property
+    def brings_tensors(self) -> bool:
+        """Whether whole tensors are copied to the weights, not changes scattered over them."""
+        return self.kind in ("full", "adapter")
+
 
 def prepare(stage_dir: Path) -> Prepared:
     """Read and decode what `next.json` names. Touches no weight. Raises WeightCorrupt naming the file."""
@@ -71,7 +102,7 @@ def hold(prepared: Prepared) -> None:
     """Read the bits of a full version out of its files, so that applying it reads memory alone."""
     begin = time.perf_counter()
     for step in prepared.flat:
-        step.raws = [raw._replace(bits=np.array(raw.bits)) for raw in step.raws]
+        step.raws = [r._replace(bits=np.array(r.bits)) if isinstance(r.bits, np.memmap) else r for r in step.raws]
     prepared.load_s += time.perf_counter() - begin
 
 
@@ -92,7 +123,7 @@ def open_plan(stage_dir: Path) -> tuple[Prepared, list[list[CheckedPiece]]]:
         if manifest.kind == "full" and prepared.manifests:
             raise WeightCorrupt(f"`{step}` is a full version behind other steps")
         at = manifest.version
-        steps.append(list(_checked(path.parent, manifest)))
+        steps.append(list(_checked(path.parent, manifest, prepared.model_path)))
         prepared.manifests.append(manifest)
         prepared.bytes += sum(piece.bytes for tensor in manifest.tensors for piece in tensor.pieces)
     if at != prepared.version:
@@ -111,7 +142,12 @@ def read(path: Path) -> bytes:
 
 def decode(coded: CheckedPiece) -> codec.DecodedPiece:
     """What a piece does. Raises WeightCorrupt naming tensor and file."""
-    tensor, piece, path, blob = coded
+    tensor, piece, path, blob, base = coded
+    if base is not None:
+        outputs, inputs = tensor.shape
+        a, b = np.split(blob.view("<f4"), [piece.bytes // 4 // sum(tensor.shape) * inputs])
+        bits = low_rank.merged_bits(base.bits(tensor), a.reshape(-1, inputs), b.reshape(outputs, -1))
+        return codec.DecodedPiece("raw", piece.length, None, bits)
     if piece.encoding == "raw":
         return codec.DecodedPiece("raw", piece.length, None, blob.view(f"<u{tensor.itemsize}"))
     try:
@@ -124,7 +160,7 @@ def _identity(manifest: Manifest) -> list[Any]:
     return [manifest.model, *((t.name, t.dtype, t.shape) for t in manifest.tensors)]
 
 
-def _checked(directory: Path, manifest: Manifest) -> Iterator[CheckedPiece]:
+def _checked(directory: Path, manifest: Manifest, model_path: str | None) -> Iterator[CheckedPiece]:
     """All pieces in the manifest's order, once every file and every piece has its checksum."""
     mapped: dict[str, np.ndarray[Any, Any]] = {}
     pieces: dict[str, list[Piece]] = {name: [] for name in manifest.files}
@@ -141,7 +177,12 @@ def _checked(directory: Path, manifest: Manifest) -> Iterator[CheckedPiece]:
     for tensor in manifest.tensors:
         for piece in tensor.pieces:
             blob = mapped[piece.file][piece.offset : piece.offset + piece.bytes]
-            yield CheckedPiece(tensor, piece, directory / piece.file, blob)
+            base = None
+            if piece.encoding == LOW_RANK:
+                if model_path is None:
+                    raise WeightCorrupt(f"an adapter of version {manifest.version}, and no model to merge it into")
+                base = Base(Path(model_path), manifest.base[tensor.name])
+            yield CheckedPiece(tensor, piece, directory / piece.file, blob, base)
 
 
 def _sound(file: np.ndarray[Any, Any], xxh3: str, pieces: list[Piece]) -> bool:

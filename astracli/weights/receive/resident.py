@@ -124,8 +124,11 @@ class Resident:
     def stage(self, prepared: Prepared, staging: Staging) -> None:
         """Bring the bits of a full version that is loaded out of its file, as near to the weights as there is room."""
         begin = time.perf_counter()
-        for step in prepared.loaded or ():
-            if step.copies and (held := staging.hold(step.copies)) is not None:
+        bringing = [step for step in prepared.loaded or () if step.copies]
+        for step in (
+            bringing if len(bringing) == 1 else ()
+        ):  # of two, an adapter behind a full version, the first is lost
+            if (held := staging.hold(step.copies)) is not None:
                 step.held, step.copies = held, []
         prepared.load_s += time.perf_counter() - begin
 
@@ -137,7 +140,7 @@ class Resident:
     @staticmethod
     def waits(prepared: Prepared) -> Where | None:
         """Where a full version that is about to be applied has been staged; None for other versions."""
-        if prepared.kind != "full":
+        if not prepared.brings_tensors:
             return None
         return next((step.held.where for step in prepared.loaded or () if step.held is not None), "file")
 

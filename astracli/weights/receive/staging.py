@@ -38,6 +38,18 @@ _ALIGN = 256
 """Bytes: every tensor begins at a multiple, so that a GPU copies it at its full speed."""
 
 Bits = np.ndarray[Any, Any]
+
+
+@contextlib.contextmanager
+def beside(device: torch.device, stream: Any) -> Iterator[None]:
+    """Without gradients, on a stream of the device beside the engine's own; None: there is no other."""
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if stream is not None:
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+
+
 Copy = tuple[torch.Tensor, Bits]
 """(a flat view of the weights, signed integers; its new bits, of the same width, in a mapped file)"""
 
@@ -89,7 +101,7 @@ class Staging:
         """Bring new bits into the memory, in place of those of an earlier version. None: there is no room, and they
         stay in their files."""
         starts = list(accumulate((-(-bits.nbytes // _ALIGN) * _ALIGN for _, bits in copies), initial=0))
-        with self._lock, self._beside():
+        with self._lock, beside(self._device, self._stream):
             self._forget()
             while self._where != "file":
                 try:
@@ -102,14 +114,6 @@ class Staging:
                     self._where = NEXT_BEST[self._where]
                     print(f"warning: from now on {WORDS[self._where]}: {error}", file=sys.stderr, flush=True)
         return None
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            if self._stream is not None:
-                stack.enter_context(torch.cuda.device(self._device))
-                stack.enter_context(torch.cuda.stream(self._stream))
-            yield
 
     def room(self, where: Where, size: int) -> torch.Tensor:
         """The memory, made anew when it is another or too small. Raises MemoryError."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import RunFailed
+from astracli.process.atomic import write_atomic
 from astracli.weights import WeightCorrupt
-from astracli.weights.format.manifest import STABLE, Manifest, hash_file, seal, unseal, version_name, write_atomic
+from astracli.weights.format.manifest import STABLE, Manifest, hash_file, seal, unseal, version_name
 from astracli.weights.receive.download import Downloader, Gone
 from astracli.weights.receive.reading import NEXT, READBACK, RESULT
 from astracli.weights.receive.watcher import decoded, watched
@@ -26,7 +27,7 @@ from astracli.weights.receive.watcher import decoded, watched
 class Route:
     """Which manifests lead to a version, and what they cost."""
 
-    kind: Literal["delta", "full", "none"]
+    kind: Literal["delta", "full", "adapter", "none"]
     """`full` when the first step is a full version."""
     steps: tuple[tuple[int, str], ...]
     """(version, manifest file), in the order of applying."""
@@ -38,7 +39,7 @@ class StagedPlan:
     """What lies ready under the stage directory."""
 
     version: int
-    kind: Literal["delta", "full", "none"]
+    kind: Literal["delta", "full", "adapter", "none"]
     steps: tuple[str, ...]
     """Manifests, relative to the stage directory."""
     bytes: int
@@ -55,7 +56,8 @@ class StagedPlan:
 
 
 def choose_route(detail: dict[int, dict[str, Any]], target: int, have: int | None) -> Route:
-    """The chain of deltas from `have`, or the newest full version and the deltas after it, whichever is fewer bytes.
+    """The chain of deltas from `have`, or the newest full version and the deltas after it, whichever is fewer bytes; or
+    an adapter, which goes on any version and, where `have` is not known, on the newest full one.
 
     `detail`: version -> {kind: {"file", "base_version", "bytes"}}. Raises RunFailed when nothing leads to `target`.
     """
@@ -76,6 +78,15 @@ def choose_route(detail: dict[int, dict[str, Any]], target: int, have: int | Non
         if at == have:
             found.append(Route("delta", steps, cost))
             break
+    if target in detail and "adapter" in detail[target]:
+        adapter = detail[target]["adapter"]
+        last = (target, adapter["file"])
+        if have is not None:
+            found.append(Route("adapter", (last,), adapter["bytes"]))
+        elif fulls := [v for v in detail if v < target and "full" in detail[v]]:
+            full = max(fulls)
+            before = detail[full]["full"]
+            found.append(Route("full", ((full, before["file"]), last), before["bytes"] + adapter["bytes"]))
     if not found:
         raise RunFailed(
             f"nothing leads from version {have} to {target}; published are {sorted(detail)}",
@@ -184,7 +195,7 @@ class Subscriber:
     ) -> bytes:  # fmt: skip
         """Write `next.json`; what it holds."""
         plan = {"version": version, "kind": kind, "steps": steps, "base_version": base}
-        sealed = seal(plan | {"model_path": str(model_path) if model_path else None})
+        sealed = seal(plan | {"model_path": str(Path(model_path).resolve()) if model_path else None})
         write_atomic(self.stage_dir / NEXT, sealed)
         return sealed
 

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from astracli.errors import AstraError
-from astracli.weights.format.manifest import write_atomic
+from astracli.process.atomic import write_atomic
 from astracli.weights.receive import reading
 
 WATCHING = "watching.json"

@@ -1,7 +1,8 @@
 """Stands in for SGLang in tests: the part of its HTTP interface that we use, over a model with fused parameters.
 
-FAKE_SGLANG says how it misbehaves: `oom` (dies while loading), `kernel` (a package that does not load), `mute` (never
-ready), `late` and `cuda` (dies a moment after it was ready, with a NaN or a CUDA error), `quiet` (dies without a word).
+FAKE_SGLANG says how it misbehaves, then without a model: `oom` (dies while loading), `kernel` (a package that does not
+load), `mute` (never ready), `late` and `cuda` (dies a moment after it was ready, with a NaN or a CUDA error), `quiet`
+(dies without a word), `idle` (not at all).
 """
 
 import argparse
@@ -14,8 +15,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import torch
-
 PREFIX = "model.layers.0."
 LAST_LINES = {
     "late": "RuntimeError: probability tensor contains either `inf`, `nan` or element < 0",
@@ -23,27 +22,31 @@ LAST_LINES = {
 }
 
 
-class FusedModel(torch.nn.Module):
+def fused_model():
     """q, k and v in one parameter; `load_weights` collects all it is given before it loads, as SGLang's text models
     do, and skips names that it does not know."""
+    import torch  # seconds, which a server that dies need not spend
 
-    def __init__(self):
-        super().__init__()
-        draw = torch.Generator().manual_seed(7)
-        self.embed = torch.nn.Parameter(torch.randn(32, 8, generator=draw).bfloat16())
-        self.qkv = torch.nn.Parameter(torch.randn(24, 8, generator=draw).bfloat16())
-        self.a_log = torch.nn.Parameter(torch.randn(4, generator=draw))
+    class FusedModel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            draw = torch.Generator().manual_seed(7)
+            self.embed = torch.nn.Parameter(torch.randn(32, 8, generator=draw).bfloat16())
+            self.qkv = torch.nn.Parameter(torch.randn(24, 8, generator=draw).bfloat16())
+            self.a_log = torch.nn.Parameter(torch.randn(4, generator=draw))
 
-    def load_weights(self, weights):
-        rows = {"q_proj": (0, 16), "k_proj": (16, 4), "v_proj": (20, 4)}
-        for name, loaded in list(weights):
-            part = next((span for key, span in rows.items() if key in name), None)
-            if part:
-                self.qkv.data.narrow(0, *part).copy_(loaded)
-            elif name == "model.embed_tokens.weight":
-                self.embed.data.copy_(loaded)
-            elif name == PREFIX + "linear_attn.A_log":
-                self.a_log.data.copy_(loaded)
+        def load_weights(self, weights):
+            rows = {"q_proj": (0, 16), "k_proj": (16, 4), "v_proj": (20, 4)}
+            for name, loaded in list(weights):
+                part = next((span for key, span in rows.items() if key in name), None)
+                if part:
+                    self.qkv.data.narrow(0, *part).copy_(loaded)
+                elif name == "model.embed_tokens.weight":
+                    self.embed.data.copy_(loaded)
+                elif name == PREFIX + "linear_attn.A_log":
+                    self.a_log.data.copy_(loaded)
+
+    return FusedModel()
 
 
 def arguments():
@@ -74,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/update_weights_from_tensor":
             assert body["load_format"] in server.options.custom_weight_loader
             module, _, name = body["load_format"].rpartition(".")
+            import torch
+
             with server.lock, torch.inference_mode():
                 getattr(importlib.import_module(module), name)(server.model, [])
             server.version = body.get("weight_version") or server.version
@@ -114,7 +119,7 @@ def main():
     mode = os.environ.get("FAKE_SGLANG")
     print(f"server_args=ServerArgs(api_key='{options.api_key}', rest={rest})", flush=True)
     if mode == "oom":
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.83 GiB")
+        sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB")
     if mode == "kernel":
         raise ImportError("/site/sgl_kernel/common_ops.abi3.so: undefined symbol: _ZN3c104cuda9SetDeviceEa")
     if mode == "quiet":
@@ -122,7 +127,7 @@ def main():
     server = ThreadingHTTPServer((options.host, int(options.port)), Handler)
     server.daemon_threads = True
     server.options, server.version, server.lock = options, options.weight_version, threading.Lock()
-    server.model = FusedModel()
+    server.model = None if mode else fused_model()
     if mode in LAST_LINES:
 
         def die():

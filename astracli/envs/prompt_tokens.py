@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from astracli.data.prompts import Problem
-from astracli.models.adapter import chat_prompt_tokens
 from astracli.models.chat import ChatFormat
 
 KEPT = 1024
@@ -21,10 +21,11 @@ class PromptTokens:
         self._tokenizer, self._chat = tokenizer, chat
         self._kept: OrderedDict[int, tuple[Problem, np.ndarray]] = OrderedDict()
 
-    def __call__(self, problem: Problem) -> np.ndarray:
+    def __call__(self, problem: Problem, tools: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
+        """`tools`: JSON schemas; the same in every call."""
         key = id(problem)  # of an object that is kept here
         if key not in self._kept:
-            tokens = chat_prompt_tokens(self._tokenizer, problem.messages, self._chat)
+            tokens = self._chat.tokens(self._tokenizer, problem.messages, tools)
             self._kept[key] = problem, np.array(tokens, np.int32)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)

@@ -60,7 +60,7 @@ class RolloutTable(Table):
     refill_requests: Requests | Literal["auto"] = "auto"
     """An engine gets new requests when this many of its slots are free, or after a quarter of a second. Taking up one
     request stops decoding for nearly as long as taking up many. `auto`: a sixteenth of the slots where an engine has 64
-    or more, otherwise 1. It has no effect on the embedded engine."""
+    or more, otherwise 1. It matters for engines whose client sends each request by itself."""
     max_dropped_batches: NonNegativeInt = 8
     """Groups in which all samples have the same reward are dropped. The run ends after this many batches (x
     `train.batch_groups` groups) were dropped in a row. 0: it never ends for this reason."""

@@ -62,6 +62,24 @@ def disk_full(error: BaseException) -> RunFailed | None:
     return None
 
 
+BROKEN = (errno.EROFS, errno.EIO)
+BROKEN_WORDS = ("read-only file system", "readonly database", "input/output error")
+
+
+def disk_failed(error: BaseException) -> RunFailed | None:
+    """`disk_full`, or a file system that turned read-only or cannot be reached, in the middle of a run."""
+    seen: BaseException | None = error
+    while seen is not None:
+        line = str(seen).strip().partition("\n")[0]
+        if (isinstance(seen, OSError) and seen.errno in BROKEN) or any(word in line.lower() for word in BROKEN_WORDS):
+            return RunFailed(
+                f"writing failed, the file system cannot be written any more: {line}",
+                "look at `dmesg` and `mount`, mend it, then go on with `astra train --resume RUN_DIR`",
+            )
+        seen = seen.__cause__ or seen.__context__
+    return disk_full(error)
+
+
 BY_PATH = (
     errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
     errno.ENXIO, errno.EINVAL,
@@ -83,4 +101,25 @@ def refused_by_system(error: BaseException) -> AstraError | None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         shown = name if len(name) <= 120 else f"{name[:100]}...{name[-10:]}"
         return UserError(f"cannot use `{shown}`: {words}", "check the path and who may read and write it")
+    return None
+
+
+def machine_failed(error: BaseException) -> RunFailed | None:
+    """`disk_failed`, or a process that got no more memory, descriptors or threads; None for any other error."""
+    if (failed := disk_failed(error)) is not None:
+        return failed
+    seen: BaseException | None = error
+    while seen is not None:
+        found, words = refused_by_system(seen), str(seen).partition("\n")[0]
+        if isinstance(found, RunFailed):
+            return found
+        if "too many open files" in words.lower():  # as libraries say it
+            return RunFailed(f"{words}: this process may open no more files", "raise `ulimit -n`")
+        no_fork = isinstance(seen, BlockingIOError) and seen.errno == errno.EAGAIN
+        if no_fork or "can't start new thread" in words:
+            return RunFailed(
+                f"{words}: this user may start no more processes or threads",
+                "raise `ulimit -u`, or the limit on processes of the container",
+            )
+        seen = seen.__cause__ or seen.__context__
     return None

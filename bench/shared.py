@@ -143,12 +143,14 @@ def gpu_settings(args: argparse.Namespace, trainers: int | None = 1, *, shared: 
     return found | ({"resources.engine.env.PYTHONPATH": args.engine_path} if args.engine_path else {})
 
 
-def start(words: list[str], folder: Path, console: Path, *, apart: bool = False) -> subprocess.Popen[bytes]:
-    """A command in `folder`; what it says goes to the file `console`. `apart`: in a session of its own, so that Ctrl-C
-    does not reach it."""
+def start(
+    words: list[str], folder: Path, console: Path, *, env: Mapping[str, str] | None = None, apart: bool = False
+) -> subprocess.Popen[bytes]:
+    """A command in `folder`; what it says goes to the file `console`. `env`: its environment, else this process's.
+    `apart`: in a session of its own, so that Ctrl-C does not reach it."""
     with console.open("ab") as said:
         return subprocess.Popen(
-            words, cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=apart
+            words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=apart
         )
 
 
@@ -175,7 +177,7 @@ def records(run: Path) -> list[Record]:
     """Lines of metrics.jsonl; half a line is left out."""
     found = []
     path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -41,6 +41,9 @@ GPUS: dict[str, tuple[str, str, int]] = {
 }
 """(name, compute capability, MiB as nvidia-smi shows them; of an L40 the 44 GiB that AstraFlow 0.1.2 gives for it)"""
 
+NVLINKED = ("a100", "h100", "h200", "b200")
+"""Servers with these have NVLink between all of them."""
+
 
 @dataclass(frozen=True)
 class Host:
@@ -130,6 +133,7 @@ def document(name: str) -> dict[str, Any]:
             "torch_cuda": CUDA if count else None,
             "gpus": [{"index": i, "uuid": f"GPU-{i:08d}", **gpu} for i in range(count)],
             "gpu_error": None,
+            "peer_link": (("NVLink" if kind in NVLINKED else "PCIe") if count > 1 else None),
             "compilers": {"cc": "/usr/bin/cc", "nvcc": None},
             "env": dict.fromkeys(ENVIRONMENT),
         }

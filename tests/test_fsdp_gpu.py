@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_tools import save_model, spawn
 
+from astracli.config.recipe import Sharding
 from astracli.weights.format import digest
 from astracli.weights.format.manifest import Manifest
 
@@ -35,9 +37,9 @@ from training_tools import make_trainer, recipe, uneven_groups
 from astracli.training import checkpoint, fsdp
 from astracli.weights.publish.publisher import Publisher
 
-device, model_dir, out, resume, names = json.loads(sys.argv[1])
+device, model_dir, out, resume, names, sharding = json.loads(sys.argv[1])
 out = Path(out)
-ranks = fsdp.join(device)
+ranks = fsdp.join(device, sharding=sharding)
 chosen = recipe(
     algorithm={"kl_coef": 0.01},
     train={"activation_checkpointing": "selective", "tokens_per_microbatch": 40, "learning_rate": 1e-4},
@@ -71,12 +73,12 @@ print(json.dumps({"figures": figures, "empty": empty}))
 """
 
 
-def check(device: str, folder: Path) -> None:
+def check(device: str, folder: Path, sharding: str) -> None:
     """The whole test, on GPUs or, to try it out, on a CPU."""
     model = save_model(folder / "model", std=0.05, **SIZES)
 
     def run(ranks: int, out: str, *, resume: bool = False) -> list[dict[str, list[list[float]]]]:
-        told = json.dumps([device, str(model), str(folder / out), resume, NAMES])
+        told = json.dumps([device, str(model), str(folder / out), resume, NAMES, sharding])
         # the last line: TileLang prints what it compiles
         return [json.loads(text.strip().splitlines()[-1]) for text in spawn(SCRIPT, [told], ranks, timeout_s=400)]
 
@@ -98,5 +100,6 @@ def check(device: str, folder: Path) -> None:
         assert tensor.digest == digest.to_hex(digest.digest_bits(bits, 0)), tensor.name
 
 
-def test_two_gpus_learn_what_one_learns_and_leave_it_whole(tmp_path: Path) -> None:
-    check("cuda", tmp_path)
+@pytest.mark.parametrize("sharding", get_args(Sharding))
+def test_two_gpus_learn_what_one_learns_and_leave_it_whole(sharding: str, tmp_path: Path) -> None:
+    check("cuda", tmp_path, sharding)

@@ -14,6 +14,7 @@ from fake_engine import FakeEngine
 
 from astracli.engines.client import EngineClient
 from astracli.engines.control import ControlThread
+from astracli.process import intact
 from astracli.process.http import Http, HttpError
 
 Heard = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -259,5 +260,19 @@ def test_an_engine_may_say_nan(tmp_path: Path) -> None:
             (result,) = await client.generate([GenRequest([1, 2], 5)])
         assert result.tokens.tolist() == [5, 6] and result.logprobs[1] == -0.5 and result.logprobs[0] != 0
         assert result.engine_s == 1.5
+
+    asyncio.run(against(serve, ask))
+
+
+@pytest.mark.parametrize("more", [f"{intact.HEADER}: 0123456789abcdef\r\n", f"{intact.REFUSED}: 1\r\n"])
+def test_what_was_changed_on_its_way_is_an_error(more: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head, body = await read(reader)
+        assert f"{intact.HEADER}: {intact.digest(body)}\r\n" in head
+        writer.write(plain(b"{}", more))
+
+    async def ask(http: Http) -> None:
+        with pytest.raises(HttpError, match="changed on its way"):
+            await http.request("POST", "/", b"{}", timeout=5)
 
     asyncio.run(against(serve, ask))

@@ -144,7 +144,7 @@ def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     with sqlite3.connect(tmp_path / "hub.sqlite") as file:
         file.execute("UPDATE meta SET value = 7 WHERE key = 'schema_version'")
-    with pytest.raises(UserError, match="has schema 7, this astra reads 5"):
+    with pytest.raises(UserError, match="has schema 7, this astra reads 6"):
         open_store(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "hub.sqlite").write_bytes(b"no database" * 100)
@@ -242,6 +242,8 @@ def test_an_evaluation_of_forgotten_weights_is_due_again_and_takes_the_version_t
     store.announce(4, 4)
     store.eval_done(3, 3, {})  # due at 2
     assert store.eval_next().wait.startswith("an engine to hold version 4")
+    with sqlite3.connect(tmp_path / "hub.sqlite") as file:
+        file.execute("INSERT INTO batches (step, lease_ids, stats) VALUES (3, '[]', '{}')")
     store.rewind(2, 2)
     evals = [(e.due_step, e.step, e.state) for e in store.state().evals]
     assert evals == [(0, 0, "done"), (2, None, "waiting")]

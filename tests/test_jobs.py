@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import warm
 from children import children
@@ -280,23 +279,3 @@ def test_the_terminal_is_given_back_when_no_process_could_be_started(
         job_with(tmp_path, DONE).run()
     hidden, shown = (console.file.getvalue().count(f"\x1b[?25{end}") for end in "lh")  # type: ignore[attr-defined]
     assert len(views) == 1 and hidden == shown > 0, "the cursor is back"
-
-
-def test_children_of_a_killed_supervisor_end_by_themselves(tmp_path: Path) -> None:
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nimport test_jobs as t\n"
-        f"t.job_with(Path({str(tmp_path)!r}), 'time.sleep(60)').run()\n"
-    )
-    supervisor = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    assert supervisor.stderr is not None
-    for line in supervisor.stderr:
-        if "all processes are ready" in line:
-            break
-    workers = psutil.Process(supervisor.pid).children(recursive=True)
-    assert len(workers) == 3
-    supervisor.kill()
-    supervisor.wait()
-    supervisor.stderr.close()
-    psutil.wait_procs(workers, timeout=60)
-    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]

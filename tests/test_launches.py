@@ -66,7 +66,7 @@ def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
             mock.patch.object(trainer, "algorithm", never),
             count,
         ):
-            trainer._score(work)
+            trainer._score(work, (work.micros, set()))
     assert count.waits == [] and len(work.proximals) == sum(map(len, batch.minibatches)) >= 2
     part = sum(int((m.version_N == 1).sum()) for minibatch in batch.minibatches for m in minibatch)
     assert 0 < work.sums.own.tokens == part < batch.loss_tokens

@@ -13,7 +13,7 @@ from training_tools import divided, make_trainer, recipe, save_model
 
 from astracli.rl.batch import build_batch, pad_rows
 from astracli.rl.sample_log import group_line
-from astracli.rl.types import Group, Sample, Segment, pack_group, unpack_group
+from astracli.rl.types import DIGEST_BYTES, Group, Sample, Segment, pack_group, unpack_group
 from astracli.training import parity
 from astracli.training.packing import pack_rows
 from astracli.training.step import Trainer
@@ -59,7 +59,7 @@ def test_masks_travel_and_a_single_turn_takes_no_byte_more() -> None:
     assert [s.loss_mask.tolist() for s in found] == [s.loss_mask.tolist() for s in group.samples]
     assert [s.parts for s in found] == [{"turns": 2.0}, {}]
     plain.samples = plain.samples[:1]
-    (sample,) = msgpack.unpackb(pack_group(plain))["samples"]
+    (sample,) = msgpack.unpackb(pack_group(plain)[:-DIGEST_BYTES])["samples"]
     assert set(sample) == {"index", "finish", "reward", "verdict", "text", "segments"}
     assert [len(part) if isinstance(part, bytes) else part for part in sample["segments"][0]] == [5, 12, 12]
     group.samples[1].segments[0].logprobs = np.zeros(1, np.float32)

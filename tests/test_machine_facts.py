@@ -18,6 +18,7 @@ from astracli.errors import UserError
 from astracli.launch import run as launch
 from astracli.machine import documents as machine_facts
 from astracli.machine import facts as machine
+from astracli.machine import read
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import gpus as plan_gpus
@@ -35,7 +36,9 @@ def test_an_unknown_name_lists_those_that_ship_and_the_nearest() -> None:
     with pytest.raises(UserError, match="no machine `8xl4` ships with astra, and there is no such file") as error:
         machine_facts.load("8xl4")
     assert error.value.exit_code == 2 and error.value.hint is not None
-    assert error.value.hint.startswith("did you mean `8xl40`? they are container, laptop, rtx5090, 1xa100-80g, ")
+    assert error.value.hint.startswith(
+        "did you mean `8xl40`? they are container, laptop, rtx5090, 1x4090, 1xa100-80g, "
+    )
     assert all(name in error.value.hint for name in machine_facts.names())
     with pytest.raises(UserError) as error:
         machine_facts.load("mainframe")
@@ -199,3 +202,23 @@ def test_completion_offers_shipped_machines() -> None:
     from astracli.cli.options import complete_facts
 
     assert list(complete_facts("8x")) == ["8xa100-80g", "8xb200", "8xh100", "8xh200", "8xl40"]
+
+
+TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m
+GPU0\t X \t{0}\tSYS\t0-47
+GPU1\t{0}\t X \tPIX\t48-95
+NIC0\tSYS\tPIX\t X
+
+Legend:
+  X    = Self
+"""
+
+
+@pytest.mark.parametrize(("way", "link"), [("NV18", "NVLink"), ("NV4", "NVLink"), ("SYS", "PCIe"), ("PIX", "PCIe")])
+def test_how_gpus_reach_each_other_is_read_from_the_topology(way: str, link: str) -> None:
+    assert read.parse_peers(TOPOLOGY.format(way)) == link
+
+
+def test_no_topology_says_nothing() -> None:
+    assert read.parse_peers("") is None
+    assert read.parse_peers("GPU0\t X \t0-47\n") is None

@@ -292,12 +292,13 @@ def test_no_micro_batch_waits_for_the_gpu(
     trainer.train(sample_groups(None, 8, seed=1), 0, 0)
     batch = divided(trainer, sample_groups(None, 8, seed=2, version=1), 1)
     work = Work(batch, 1, Timer(trainer.ranks.device))
+    work.first_measured = True
     work.limits = trainer.algorithm.prepare(torch.zeros(0), torch.zeros(0), chosen.algorithm.own)
     monkeypatch.setattr(trainer.masters, "update", lambda step: 0.0)
     monkeypatch.setattr(trainer, "_require_agreement", lambda *_: None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer._minibatch(work, 0, 1, measure=True)
+        trainer._minibatch(work, 0, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

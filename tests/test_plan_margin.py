@@ -65,7 +65,7 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
     trainers = result.margins[4:]
     assert len({(each.planned, each.needed, each.left) for each in trainers}) == 1
     estimated = [r.bytes for r in result.memory if r.process == "trainer" and r.where == "gpu" and r.basis != "counted"]
-    assert trainers[0].needed == pytest.approx(sum(estimated) / 2, abs=8) and sum(estimated) > 7 * GIB
+    assert trainers[0].needed == pytest.approx(sum(estimated) / 2, abs=8) and sum(estimated) > 4 * GIB
     assert trainers[0].planned + trainers[0].left == 44 * GIB
     assert 1.1 * trainers[0].planned <= 44 * GIB, "a tenth over the plan would still fit"
     (said,) = [r for t in render(result) for r in t.rows if r[0] == "margin of GPU 4 to 7"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any, get_args
 
 import pytest
 from machines import GIB, facts
@@ -11,6 +12,7 @@ from test_plan import load, memory_warnings, planned
 
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
+from astracli.config.recipe import Sharding
 from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
 from astracli.machine.memory import Component, words
@@ -31,7 +33,8 @@ REQUESTS = "rollout.max_running_requests=32"
 
 
 def test_bytes_of_qwen3_5_4b() -> None:
-    result = planned(load("qwen3.5-4b-m2po-full", EVERY_BLOCK_AGAIN), facts("8.9", 8, host_gib=512))
+    full = (EVERY_BLOCK_AGAIN, "train.sharding=full")
+    result = planned(load("qwen3.5-4b-m2po-full", *full), facts("8.9", 8, host_gib=512))
     rows = {(row.process, what(row)): row.bytes for row in result.memory}
     parameters = 4_205_751_296
     assert rows["engine0", "weights (bf16)"] == 2 * parameters
@@ -191,15 +194,24 @@ def test_only_several_ranks_gather_what_lies_outside_blocks() -> None:
     recipe = load("qwen3.5-4b-m2po-delta")
     shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 
-    def rows(ranks: int) -> dict[str, int]:
-        return {
-            what(row): row.bytes for row in plan_trainer.trainer_rows("t", TrainerLoad(recipe, shape, ranks), "cuda")
-        }
+    def rows(ranks: int, sharding: Any = "full") -> dict[str, int]:
+        split = layout.Split(sharding=sharding)
+        made = plan_trainer.trainer_rows("t", TrainerLoad(recipe, shape, ranks), "cuda", split)
+        return {what(row): row.bytes for row in made}
 
     gathered = "embedding and head, gathered (bf16)"
     assert gathered not in rows(1) and rows(2)[gathered] == 2 * (248320 * 2560 + 2560)
     assert rows(1)["master weights (fp32)"] == 2 * rows(2)["master weights (fp32)"] == 4 * 4_205_751_296
     assert not any("bf16" in what for what in rows(1) if what != "reference (bf16)")
+
+    every, gradients = 4_205_751_296, "gradients (fp32)"
+    held = {sharding: rows(2, sharding)[gradients] for sharding in get_args(Sharding)}
+    assert held == {"optimizer": 4 * every, "gradients": 2 * every, "parameters": 4 * every, "full": 2 * every}
+    assert rows(4, "optimizer")["weights that other ranks update (bf16)"] == 2 * every * 3 // 4
+    assert rows(2, "gradients")["weights, gathered for a minibatch (bf16)"] == 2 * every
+    assert gathered not in {**rows(2, "gradients"), **rows(2, "optimizer")} and gathered in rows(2, "parameters")
+    passes = "backward pass of the head or a block"
+    assert rows(2, "optimizer")[passes] == rows(1)[passes] < rows(2)[passes], "it computes as one rank does"
 
 
 def test_an_update_with_moments_on_the_host_counts_a_bucket_of_them() -> None:
@@ -227,8 +239,9 @@ DENSE = {"llama": (llama, "meta-llama/Meta-Llama-3-8B-Instruct"), "1.7b": (qwen3
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", *DENSE])
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None:
+def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int, sharding: Any) -> None:
     """The update's own buckets, replayed over the tensors of a model: three sets of moments at most, and masters."""
     if name == "qwen3_5":
         config = qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"]
@@ -238,7 +251,7 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
         config = module.ADAPTER.known_configs[path]
         shapes, shape = module.ADAPTER.shapes(config), module.ADAPTER.memory_shape(config)
     sizes = {tensor: math.ceil(math.prod(dims) / ranks) for tensor, dims in shapes.items()}
-    master = 4 if ranks == 1 else 0
+    master = 4 if ranks == 1 or sharding == "optimizer" else 0
     for part in plan_split.PARTS:
         away = adam.on_host(sizes, part)
         stay = [
@@ -248,5 +261,5 @@ def test_an_update_brings_no_more_than_is_planned(name: str, ranks: int) -> None
         moving = [sum(sizes[n] for n in bucket) for bucket in comes]
         first = 8 * sum(moving[: layout.BUCKETS_IN_FLIGHT - 1]) + master * max(stay, default=0)
         later = [8 * sum(moving[max(0, i - 1) : i + 2]) + master * moving[i] for i in range(len(moving))]
-        planned_bytes = plan_trainer.in_update(shape, ranks, layout.Split(moments_on_host=part))
+        planned_bytes = plan_trainer.in_update(shape, ranks, layout.Split(moments_on_host=part, sharding=sharding))
         assert max(first, *later, 0) <= planned_bytes * 1.001, part

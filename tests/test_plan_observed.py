@@ -72,8 +72,8 @@ def parity() -> LaunchPlan:
 
 RUNS = {
     "1+1": (107.8, lambda: loop("1+1", 2)),
-    "1+2": (121.5, lambda: loop("1+2", 2)),
-    "1+2 time-shared": (93.0, lambda: loop("1+2", 2, time_sharing=True)),
+    "1+2": (121.5, lambda: loop("1+2", 2, "train.sharding=full")),
+    "1+2 time-shared": (93.0, lambda: loop("1+2", 2, "train.sharding=full", time_sharing=True)),
     "shared": (107.9, lambda: loop("shared", 1, "rollout.sglang.mem_fraction_static=0.18")),
     "shared time-shared": (
         43.6,

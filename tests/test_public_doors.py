@@ -19,8 +19,7 @@ ALLOWED = {
     "test_packing_gpu.py": 2,  # `_minibatch`, `_require_agreement`: one minibatch alone, that must not wait for the GPU
     "test_single_rank.py": 1,  # `_away`: bytes that wait on the host
     "test_supervise.py": 1,  # `_looked`: the supervisor's own clock stands still
-    "test_training_scoring.py": 2,  # `_score`: which steps are scored
-    "test_training_step.py": 1,  # `_reused`: the same step without what is reused
+    "test_training_scoring.py": 2,  # `_score`: which minibatches are scored
     "test_weights_changes.py": 4,  # Triton kernels, compiled without a GPU
     "test_weights_gpu.py": 1,  # `_triton`: which of two ways a digest takes
     "test_weights_transfer.py": 2,  # `_source`, `_await`: a listing that is out of date

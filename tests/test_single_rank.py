@@ -39,12 +39,14 @@ from test_single_rank import NAMES, TRAIN, chosen, count_operators, rows_error
 from training_tools import make_trainer, uneven_groups
 from astracli.training import checkpoint, fsdp
 
-device, wrapped, model_dir, out, resume = json.loads(sys.argv[1])
+device, wrapped, model_dir, out, resume, sharding = json.loads(sys.argv[1])
 out = Path(out)
 out.mkdir(exist_ok=True)
-ranks = fsdp.join(device, wrapped=wrapped)
+ranks = fsdp.join(device, wrapped=wrapped, sharding=sharding)
 ranks.compute = torch.bfloat16
 trainer = make_trainer(Path(model_dir), chosen(), ranks)
+if sharding == "optimizer":  # as on a GPU
+    trainer.masters.grads.by_products(trainer.policy.model)
 if resume:
     checkpoint.load(checkpoint.latest(Path(resume)), trainer.masters, ranks)
 alone = ranks.world_size == 1
@@ -120,9 +122,15 @@ def figures(trainer: Trainer, first: int = 0, last: int = 3) -> list[list[float]
 
 
 def sharded(
-    world_size: int, model_dir: Path, out: Path, resume: Path | None = None, device: str = "cpu", wrapped: bool = True
+    world_size: int,
+    model_dir: Path,
+    out: Path,
+    resume: Path | None = None,
+    device: str = "cpu",
+    wrapped: bool = True,
+    sharding: str = "full",
 ) -> dict[str, Any]:
-    told = json.dumps([device, wrapped, str(model_dir), str(out), str(resume) if resume else None])
+    told = json.dumps([device, wrapped, str(model_dir), str(out), str(resume) if resume else None, sharding])
     # the last line: TileLang prints what it compiles
     found: dict[str, Any] = json.loads(spawn(SHARDED, [told], world_size)[0].strip().splitlines()[-1])
     return found
@@ -152,8 +160,9 @@ def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp
 
 
 def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(model_dir: Path, tmp_path: Path) -> None:
-    """To bf16's rounding: two ranks divide the rows otherwise, and round each part's gradient."""
-    two = sharded(2, model_dir, tmp_path / "two")
+    """To bf16's rounding: two ranks divide the rows otherwise. The first two divide only the optimizer: split masters
+    of a part, and weight gradients that products add up. The other two are FSDP's."""
+    two = sharded(2, model_dir, tmp_path / "two", sharding="optimizer")
     one = lowered(model_dir)
     mine = figures(one, 0, 2)
     checkpoint.save(tmp_path / "one", 2, one.masters, one.ranks, keep=1)

@@ -81,7 +81,7 @@ def test_first_failure_names_the_child_its_code_and_its_last_lines(logs: Path) -
 
 def test_killed_child_is_named_with_its_signal(logs: Path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(RunFailed, match=r"`rollout` ended with signal 9 \(SIGKILL\); it wrote nothing"):
+    with pytest.raises(RunFailed, match=r"`rollout` ended with signal 9 \(SIGKILL: .*memory\); it wrote nothing"):
         supervisor([process(logs, "rollout", code), process(logs, "trainer", SLEEP)]).run()
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from training_tools import make_trainer, recipe, sample_groups, save_model
+import torch
+from training_tools import divided, make_trainer, recipe, sample_groups, save_model
 
+from astracli.training import parity
 from astracli.training.step import Trainer, Work
 
 
@@ -18,13 +21,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scorings(trainer: Trainer) -> list[int]:
-    """The versions of the trainer's scoring passes, as they are made."""
+    """Of each scoring pass, as they are made, how many minibatches it scores."""
     made: list[int] = []
     score = trainer._score
 
-    def counted(work: Work) -> None:
-        made.append(work.version)
-        score(work)
+    def counted(work: Work, chosen: Any) -> None:
+        made.append(sum(any(micro in chosen[0] for micro in minibatch) for minibatch in work.batch.minibatches))
+        score(work, chosen)
 
     trainer._score = counted  # type: ignore[method-assign]
     return made
@@ -32,17 +35,50 @@ def scorings(trainer: Trainer) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "deterministic", "expected"),
-    [("grpo", False, [0]), ("grpo", True, [0, 1, 2]), ("m2po", False, [0, 1, 2])],
+    [("grpo", False, [2, 1, 1]), ("grpo", True, [2, 2, 2]), ("m2po", False, [2, 2, 2])],
 )
-def test_which_steps_are_scored(model_dir: Path, name: str, deterministic: bool, expected: list[int]) -> None:
-    """Left out in the second step and not in the first of a resumed process, it would make a difference. M2PO's limits
-    come from the log-ratios, so it scores every step."""
-    chosen = recipe(algorithm={"name": name}, train={"minibatches": 1}, launch={"deterministic": deterministic})
+def test_which_minibatches_are_scored(model_dir: Path, name: str, deterministic: bool, expected: list[int]) -> None:
+    """The first one trains from the weights that would score it. Left out in the second step and not in the first of a
+    resumed process, it would make a difference. M2PO's limits come from all log-ratios of the batch."""
+    chosen = recipe(algorithm={"name": name}, launch={"deterministic": deterministic})
     trainer = make_trainer(model_dir, chosen)
     made = scorings(trainer)
     for step in range(3):
         trainer.train(sample_groups(trainer, 2, seed=step, version=step), step, step)
     assert made == expected
+
+
+@pytest.mark.parametrize("name", ["grpo", "m2po"])
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_what_is_done_once_changes_nothing(
+    model_dir: Path, name: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of two minibatches: weights bit for bit, and figures, are those of deterministic mode, which scores
+    every row first. `passes`: forward passes of a step."""
+    common: dict[str, Any] = {"train": {"tokens_per_microbatch": budget, "parity_tolerance": 100.0}}
+    recipes = [recipe(algorithm={"name": name}, launch={"deterministic": on}, **common) for on in (False, True)]
+    trainers, seen, passes = [make_trainer(model_dir, chosen) for chosen in recipes], [], []
+    real = parity.logprobs
+
+    def counted(*arguments: Any) -> Any:
+        passes[-1] += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(parity, "logprobs", counted)
+    groups = sample_groups(trainers[0], 8, seed=3)
+    for trainer in trainers:
+        trainer.first_step = False
+        for step in range(2):
+            passes.append(0)
+            metrics = trainer.train(groups[4 * step : 4 * step + 4], step + 1, 0).metrics
+        seen.append({key: value for key, value in metrics.items() if not key.endswith("_s")})
+    micros, first = int(seen[0]["microbatches"]), len(divided(trainers[0], groups[4:], 2).minibatches[0])
+    assert (first > 1) is (budget == 64)
+    assert passes[1] == 2 * micros - (first if name == "grpo" else 1)
+    assert passes[3] == 2 * micros - (first == 1), "deterministic mode reuses what fits at once"
+    assert seen[0] == pytest.approx(seen[1], rel=1e-9, abs=1e-12)
+    for key, value in trainers[0].masters.values.items():
+        assert torch.equal(value, trainers[1].masters.values[key]), key
 
 
 @pytest.mark.parametrize(("tau", "bounded"), [(0.01, False), (0.002, True)])
@@ -62,7 +98,7 @@ def test_a_batch_is_bounded_by_its_own_log_ratios(model_dir: Path, tau: float, b
             sample.segments[0].logprobs = sample.segments[0].logprobs + moved
             moments += (moved.astype(np.float64) ** 2).tolist()
     metrics = trainer.train(groups, 1, 1).metrics
-    assert made == [1]
+    assert made == [1], "of one minibatch"
     moments.sort()
     kept = [m for i, m in enumerate(moments) if sum(moments[: i + 1]) / (i + 1) <= tau]
     assert (len(kept) < len(moments)) is bounded and kept[-1] > 1e-2

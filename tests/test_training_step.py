@@ -7,7 +7,6 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -347,31 +346,3 @@ def test_learning_rate_by_hand() -> None:
     assert rates(schedule="linear", final_lr_fraction=0.2) == [0.5, 1, 1, 0.8, 0.6, 0.4]
     assert rates(schedule="cosine") == [0.5, 1, 1, 0.8536, 0.5, 0.1464]
     assert rates(schedule="linear", warmup_steps=0) == [1, 0.8333, 0.6667, 0.5, 0.3333, 0.1667]
-
-
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_the_scoring_pass_serves_the_first_update(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, minibatches: int
-) -> None:
-    chosen = recipe(train={"minibatches": minibatches, "tokens_per_microbatch": 4096})
-    trainers = [make_trainer(model_dir, chosen) for _ in range(2)]
-    groups = stale(sample_groups(trainers[0], 4, seed=3), 0.01)
-    forwards: list[int] = []
-    count, real = 0, parity.logprobs
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        return real(*arguments)
-
-    monkeypatch.setattr(parity, "logprobs", counted)
-    for trainer in trainers:
-        trainer.first_step = False
-        count = 0
-        if trainer is trainers[1]:
-            monkeypatch.setattr(trainer, "_reused", lambda batch: None)
-        trainer.train(groups, 1, 0)
-        forwards.append(count)
-    assert forwards == [2 * minibatches - 1, 2 * minibatches]
-    for name, value in trainers[0].masters.values.items():
-        assert torch.equal(value, trainers[1].masters.values[name]), name

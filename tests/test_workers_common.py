@@ -301,25 +301,6 @@ def test_usr1_prints_stacks_and_goes_on(tmp_path: Path, hub: FakeHub) -> None:
     assert worker.returncode == 0 and "worker.py" in stderr and "in run" in stderr
 
 
-def test_orphan_ends_when_its_parent_is_killed(tmp_path: Path, hub: FakeHub) -> None:
-    config = write_config(tmp_path, make_config(tmp_path, hub.url))
-    script = tmp_path / "w.py"
-    script.write_text(
-        "import time\nfrom astracli.process.worker import worker_main\n"
-        "from astracli.process.config import TrainerConfig\n"
-        "def run(config, reporter):\n    reporter.ready()\n    time.sleep(60)\nworker_main(run, TrainerConfig)\n"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", sys.executable, script, config],
-        start_new_session=True,
-    )
-    wait_for(lambda: hub.bodies and hub.bodies[-1]["state"] == "ready")
-    pid = hub.bodies[-1]["pid"]
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: not running(pid), 5)
-
-
 def test_worker_ends_when_the_hub_is_gone(tmp_path: Path, hub: FakeHub) -> None:
     path = write_config(tmp_path, make_config(tmp_path, hub.url))
     code = (

@@ -58,10 +58,16 @@ def start(
     return child
 
 
-def bench_start(words: Sequence[str], folder: Path, console: Path, *, apart: bool = False) -> Child:
-    """In the place of `shared.start` of the benches."""
-    assert words[0] == sys.executable
-    return start(words[1:], console, cwd=folder)
+def bench_start(
+    words: Sequence[str], folder: Path, console: Path, *, env: Mapping[str, str] | None = None, apart: bool = False
+) -> Child:
+    """In the place of `shared.start` of the benches. A command in front of Python is started as usual."""
+    if words[0] == sys.executable:
+        return start(words[1:], console, env=env, cwd=folder)
+    with console.open("ab") as said:
+        return subprocess.Popen(
+            words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+        )
 
 
 def run(

@@ -6,13 +6,16 @@ import json as json_module
 import re
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from astracli.cli.options import FactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
 from astracli.cli.output import Output, out, room
 from astracli.errors import UserError
+
+if TYPE_CHECKING:
+    from astracli.config.recipe import Recipe
 
 VERSION = re.compile(r"\d+\.\d[\w.+]*")
 ORDER = {"fail": 0, "warn": 1, "ok": 2, "skip": 3}
@@ -32,15 +35,25 @@ def doctor(
             "--probe/--no-probe", help="Import and measure too; default where there is a GPU or a recipe is named."
         ),
     ] = None,
+    warm: Annotated[
+        bool,
+        typer.Option(
+            "--warm", help="No checks: run one short step of the recipe, which fills the caches of compiled kernels."
+        ),
+    ] = False,
     json: JsonOpt = False,
 ) -> None:
     """Check this machine, and whether it has what a recipe needs.
 
     Exits with 0 if a run would work, with 1 if a check fails. With a recipe, only what the recipe needs can fail.
+    With --warm, exits with 0 when the caches are filled.
     """
     loaded = None if one_name(recipe_name, recipe) is None else load_recipe(recipe_name, recipe, set_, "doctor")
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
+    if warm:
+        _warm(loaded, out(json), others=facts is not None or facts_out is not None or probe is not None)
+        return
     from astracli.doctor.gather import gather
     from astracli.machine import documents
 
@@ -60,6 +73,26 @@ def doctor(
     report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
     show(report, out(json))
     raise typer.Exit(0 if report["ok"] else 1)
+
+
+def _warm(recipe: Recipe | None, output: Output, *, others: bool) -> None:
+    if recipe is None:
+        raise UserError("--warm given without a recipe", "name one: `astra doctor RECIPE --warm`")
+    if others:
+        raise UserError("--warm runs the recipe on this machine and checks nothing", "leave out the other options")
+    from astracli.launch import warm
+    from astracli.machine.memory import words
+
+    found = warm.warm(recipe)
+    if output.as_json:
+        output.document(found.document())
+        return
+    rows = [[cache.name, words(cache.before), words(cache.after), cache.place] for cache in found.caches]
+    if rows:
+        output.table(["cache", "before", "now", "place"], rows)
+        output.text("")
+    took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items())
+    output.text(f"{'warm' if rows else 'nothing is compiled on this machine'}: {took}")
 
 
 def show(report: dict[str, Any], output: Output) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from astracli.cli import adapters, doctor, evaluate, recipes, rollout, runs, train
 from astracli.cli.output import Output
-from astracli.errors import AstraError, disk_full, refused_by_system
+from astracli.errors import AstraError, disk_full, machine_failed, refused_by_system
 
 app = typer.Typer(
     name="astra",
@@ -82,7 +82,7 @@ def run(args: list[str]) -> int:
         if isinstance(error, FileNotFoundError) and not _stands_somewhere():
             console.error("the current directory has been removed", "change to one that is there")
             return 2
-        if named := refused_by_system(error):
+        if named := refused_by_system(error) or machine_failed(error):
             console.error(named.message, named.hint)
             return named.exit_code
         message = str(error).strip().partition("\n")[0]

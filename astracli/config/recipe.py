@@ -61,6 +61,8 @@ Recomputed = Literal["none", "selective", "full"]
 """What a backward pass computes again of the blocks' forward passes."""
 RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
 """Mode of `train.activation_checkpointing` -> every how many-th block the backward pass computes again."""
+Sharding = Literal["optimizer", "gradients", "parameters", "full"]
+"""What the ranks of a trainer divide among them; each holds the rest whole (`train.sharding`)."""
 
 
 class TrainTable(Table):
@@ -115,6 +117,13 @@ class TrainTable(Table):
     """What the backward pass computes again: `none`, nothing; `selective`, every second block; `full`, every block
     (least memory, a third more work). `auto` is the quickest that the GPU has memory for, AdamW's moments on the host
     weighed against it; beside an engine `full` unless there is plenty; on a CPU `none`."""
+    sharding: Literal["auto", "optimizer", "gradients", "parameters", "full"] = "auto"
+    """What several ranks divide among them. `optimizer`: master weights and moments; every rank holds all weights and
+    gradients, and gradients are summed and weights exchanged once a minibatch (ZeRO-1). `gradients`: these too, so
+    they are summed in every micro-batch, and weights are gathered once a minibatch (ZeRO-2). `parameters`: masters,
+    moments and weights, so weights are gathered in every pass, and gradients are summed once a minibatch. `full`: all
+    of them (ZeRO-3), which needs least memory and most communication. `auto` is the quickest that the GPUs have memory
+    for; on a CPU `optimizer`, in deterministic mode `full`. One rank divides nothing."""
     reference_device: Literal["auto", "gpu", "host"] = "auto"
     """Where the initial model of the KL term is kept between scoring passes, and with `[lora]` the matrices without
     their adapters, from which every update begins. `host` is pinned memory. `auto`: the GPU if it has room. It has no
@@ -334,6 +343,8 @@ class Recipe(Table):
             raise ValueError(f"checkpoint.best = {best!r} needs evaluations and checkpoints, but {absent} is off")
         if self.weights.transfer == "adapter" and self.lora is None:
             raise ValueError("weights.transfer = adapter, but there is no table [lora]: all weights are trained")
+        if self.lora is not None and self.train.sharding not in ("auto", "full"):
+            raise ValueError(f"train.sharding = {self.train.sharding}, but with [lora] ranks divide the frozen weights")
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")

@@ -123,8 +123,9 @@ class LaunchTable(Table):
     """A process that gives no sign of life for so long is considered to hang."""
     lease_timeout_s: PositiveFloat = 600.0
     """A lease that is not renewed for so long expires; its group is generated again."""
-    hub_history_steps: PositiveInt = 1000
-    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted. (What was generated
+    hub_history_steps: PositiveInt | None = None
+    """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted: the file stops
+    growing. None: 100, or 1000 with `data.curriculum`, which reads solve rates from these rows. (What was generated
     leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
 
 

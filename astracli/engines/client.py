@@ -28,6 +28,7 @@ import orjson
 from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.engines.control import ControlThread
 from astracli.errors import RunFailed
+from astracli.process import intact
 from astracli.process.http import Http, HttpError, Reply
 
 T = TypeVar("T")
@@ -134,8 +135,13 @@ class EngineClient:
             try:
                 async with self._http.stream("POST", "/generate", body) as streamed:
                     if streamed.status_code == 200:
+                        said = None
                         async for line in streamed.lines():
+                            if line.startswith(b"id: "):
+                                said = line.removeprefix(b"id: ").decode()
                             if line.startswith(b"data: {"):
+                                if intact.damaged(line, said):
+                                    raise self._failure(f"answered /generate, but {intact.WORDS}")
                                 answer = _decoded(line[len(b"data: ") :])
                                 result = self._read(requests[answer["index"]], answer)
                                 results[answer["index"]] = result

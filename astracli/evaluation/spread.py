@@ -159,6 +159,7 @@ class _Spread:
             self._release(self._shares)
             for task in self._waiting:
                 task.cancel()
+        self._waiting.clear()  # what a cancelled task raised refers to this object: all samples would stay in a cycle
 
     def _release(self, shares: Sequence[Share]) -> None:
         for share in shares:

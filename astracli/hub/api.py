@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp
 
-from astracli.errors import AstraError, disk_full
+from astracli.errors import AstraError, disk_failed
 from astracli.hub.store import HubStore
 from astracli.hub.types import BadRequest, GpuLeaseReply, Holders, Leases, NextBatch, NextEvaluation, Target
 from astracli.hub.wire import MAX_WAIT_S, called_with_body, pack_answer
@@ -43,7 +43,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         return _error(400, f"{request.method} {request.url.path}: {error}")
     if isinstance(error, AstraError):
         return _error(409, error.message, error.hint)
-    full = disk_full(error)
+    full = disk_failed(error)
     if full is None:
         raise error
     return _error(500, full.message, full.hint)

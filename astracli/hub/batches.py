@@ -258,7 +258,14 @@ class BatchBook:
         self._db.rows("DELETE FROM meta WHERE key != 'schema_version'")
 
     def check_rewind(self, step: int) -> None:
-        """Raises RunFailed when a batch of `step` or later can no longer be served."""
+        """Raises RunFailed when a batch of `step` or later can no longer be served, or earlier ones are unknown."""
+        if step > self.next_step:
+            raise RunFailed(
+                f"hub.sqlite is damaged or an old copy: it knows the batches of {count(self.next_step, 'step')}, the "
+                f"checkpoint has trained {step}",
+                f"move checkpoints behind step {self.next_step} out of the run's `checkpoints` folder to go on from an "
+                "older one, or start a new run with `astra train --from RUN_DIR`",
+            )
         pruned = self._db.scalar("SELECT COUNT(*) FROM batches WHERE pruned = 1 AND step >= ?", step)
         pruned += max(0, self.forgotten("steps") - step)
         if pruned:

@@ -34,6 +34,7 @@ from astracli.hub.types import (
     Target,
 )
 from astracli.hub.wire import MAX_WAIT_S, plain_json, unpack_answer
+from astracli.process import intact
 from astracli.process.http import Http, HttpError, Reply
 from astracli.process.patience import GONE_S, Patience
 from astracli.rl.types import Group, pack_group
@@ -183,7 +184,7 @@ class HubClient(_Calls):
     def __init__(self, url: str, token: str):
         self._url = url
         self._token = token
-        self._http = httpx.Client(**_settings(url, token))
+        self._http = httpx.Client(**_settings(url, token), event_hooks=intact.hooks())
 
     def _send(self, call: _Call) -> Any:
         patience = _Patience(self._url)
@@ -202,9 +203,13 @@ class HubClient(_Calls):
         address = urlsplit(self._url)
         connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=READ_TIMEOUT_S)
         try:
-            connection.request(call.method, call.path, call.content, {"Authorization": f"Bearer {self._token}"})
+            headers = {"Authorization": f"Bearer {self._token}", intact.HEADER: intact.digest(call.content)}
+            connection.request(call.method, call.path, call.content, headers)
             reply = connection.getresponse()
-            return Reply(reply.status, reply.read(), reply.headers.get("content-type", ""))
+            body = reply.read()
+            if intact.REFUSED in reply.headers or intact.damaged(body, reply.headers.get(intact.HEADER)):
+                raise http.client.HTTPException(f"{call.method} {call.path} or its answer: {intact.WORDS}")
+            return Reply(reply.status, body, reply.headers.get("content-type", ""))
         finally:
             connection.close()
 

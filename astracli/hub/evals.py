@@ -67,6 +67,7 @@ class EvalBoard:
         due = every > 0 and bool(self._names) and (step % every == 0 or step == self._settings.steps)
         with self._db.transaction() as sql:
             sql.execute("INSERT OR IGNORE INTO versions (version, step) VALUES (?, ?)", (version, step))
+            sql.execute("DELETE FROM versions WHERE version < (SELECT MAX(version) FROM versions)")
             covered = sql.execute(
                 "SELECT 1 FROM evals WHERE due_step <= ? AND (step IS NULL OR step >= ?)", (step, step)
             ).fetchone()

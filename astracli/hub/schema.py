@@ -15,7 +15,7 @@ from typing import Any
 
 from astracli.errors import UserError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PAGE_BYTES = 16 << 10
 """A group of long completions is hundreds of kilobytes in one value: fewer pages to read, and to free again."""
 LOG_BYTES = 64 << 20
@@ -70,6 +70,7 @@ CREATE TABLE batches (
 
 CREATE INDEX batches_with_blobs ON batches (step) WHERE pruned = 0;
 
+-- The newest announced version alone.
 CREATE TABLE versions (version INTEGER PRIMARY KEY, step INTEGER NOT NULL);
 
 -- step, version: what is evaluated; NULL while an earlier evaluation runs. served: every sample is on disk, no engine
@@ -103,8 +104,14 @@ class Database:
             self._connection.execute("PRAGMA secure_delete=OFF")
             with self.transaction():
                 found = self._open_schema()
+            said = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if said != "ok":
+                raise sqlite3.DatabaseError(f"it is damaged: {said}")
         except sqlite3.DatabaseError as error:
-            raise UserError(f"`{path}` is not a hub database: {error}") from None
+            raise UserError(
+                f"`{path}` is not a hub database: {error}",
+                "put a whole copy there, or start a new run from this one's weights: `astra train --from RUN_DIR`",
+            ) from None
         if found != SCHEMA_VERSION:
             raise UserError(
                 f"`{path}` has schema {found}, this astra reads {SCHEMA_VERSION}",

@@ -15,6 +15,12 @@ class BadRequest(ValueError):
     """A request that the hub cannot make sense of. Answered with 400."""
 
 
+HISTORY = 100
+"""Steps whose groups keep a row each: they let people see what a run does."""
+CURRICULUM_HISTORY = 1000
+"""The same where prompts are chosen by the solve rates that are read from these rows."""
+
+
 @dataclass(frozen=True)
 class HubSettings:
     """What the store must know of the recipe and the plan."""
@@ -38,7 +44,8 @@ class HubSettings:
     but their ids. Needs staleness 0."""
     consume: Literal["edf", "fifo"] = "edf"
     replay_ratio: int = 0
-    history_steps: int = 1000
+    history_steps: int = HISTORY
+    """Steps whose groups keep a row each."""
     max_dropped_batches: int = 0
     """Batches' worth of groups in a row without signal after which the run ends; 0: never."""
     checkpoints: bool = True

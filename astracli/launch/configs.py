@@ -49,6 +49,8 @@ class RunContext:
     """What a rollout without a trainer writes."""
     start: int = 0
     """How often the supervisor has started the run again in this attempt."""
+    warm: bool = False
+    """The run is there to fill the caches of kernels (`warm.py`)."""
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     """Of this attempt: every request between its processes carries it."""
 
@@ -143,6 +145,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         shared=plan.placement.shared,
         gpu_leases=leases,
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
+        warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
         host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )
 

@@ -11,6 +11,7 @@ from astracli.process import ports
 from astracli.process.config import Role
 
 if TYPE_CHECKING:
+    from astracli.config.recipe import Recipe
     from astracli.hub.curriculum import Curriculum
     from astracli.hub.store import HubStore
     from astracli.process.server import ServerThread
@@ -65,7 +66,7 @@ def _store(context: RunContext) -> HubStore:
         deterministic=recipe.launch.deterministic,
         consume=recipe.train.consume,
         replay_ratio=recipe.train.replay_ratio if training else 0,
-        history_steps=recipe.launch.hub_history_steps,
+        history_steps=history_steps(recipe),
         max_dropped_batches=recipe.rollout.max_dropped_batches,
         checkpoints=recipe.checkpoint.every > 0,
         gpu_leases=tuple(context.plan.gpu_leases),
@@ -73,6 +74,13 @@ def _store(context: RunContext) -> HubStore:
     )
     curriculum = _curriculum(context) if training else None
     return HubStore(context.run_dir.hub_sqlite, settings, curriculum=curriculum)
+
+
+def history_steps(recipe: Recipe) -> int:
+    """Steps whose groups keep a row each."""
+    from astracli.hub.types import CURRICULUM_HISTORY, HISTORY
+
+    return recipe.launch.hub_history_steps or (CURRICULUM_HISTORY if recipe.data.curriculum else HISTORY)
 
 
 def _curriculum(context: RunContext) -> Curriculum | None:

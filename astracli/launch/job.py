@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.errors import AstraError, RunFailed, disk_full, refused_by_system
+from astracli.errors import AstraError, RunFailed, machine_failed, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
 from astracli.launch.forks import Forks
@@ -80,7 +80,9 @@ class Job:
             if isinstance(error, AstraError) and context.training:
                 weights = recipe_changes.has_weights(run)
                 error.hint = resume_rules.completed(error.hint, error.message, run.path, weights=weights)
-            named = None if known else disk_full(error) or refused_by_system(error)  # after the start, no bad input
+            named = (
+                None if known else machine_failed(error) or refused_by_system(error)
+            )  # after the start, no bad input
             cause, *lines = str(named or error).splitlines() or [type(error).__name__]
             said = {"last_lines": lines, "hint": error.hint if isinstance(error, AstraError) else None}
             if named is not None:
@@ -93,7 +95,8 @@ class Job:
     def _end(self, state: State, code: int, cause: str | None, said: Mapping[str, Any]) -> None:
         """Record how it ended, as far as the disk takes it: the cause is said in any case."""
         run = self.context.run_dir
-        shutil.rmtree(run.stage, ignore_errors=True)  # what nobody needs any more makes room on a full disk
+        for left in (run.stage, *run.checkpoints.glob(".step_*.tmp")):
+            shutil.rmtree(left, ignore_errors=True)  # what nobody needs any more makes room on a full disk
         with unharmed(f"`{run.status_json}` does not say how the run ended"):
             run.end(state, exit_code=code, cause=cause, **said)
         if self.summary:

@@ -70,11 +70,12 @@ def train_run(
     resume: Path | None = None,
     source: Source | None = None,
     keep_optimizer: bool = False,
+    warm: bool = False,
 ) -> tuple[int, RunDir]:
     """Run `astra train` to its end. -> (exit code, the run). Raises UserError before the start, RunFailed after it.
 
     `resume`: the run to go on with; `recipe` is then its own, changed. `source`: the run whose weights a new one starts
-    from, with `keep_optimizer` its moments too.
+    from, with `keep_optimizer` its moments too. `warm`: the run is there to fill caches.
     """
     began = time.monotonic()
     changes: Changes = {}
@@ -101,8 +102,8 @@ def train_run(
             run.unlock()
         raise
     initial = from_run.initial_checkpoint(run)
-    code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial)
-    if summary:
+    code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial, warm=warm)
+    if summary and not warm:
         from astracli.report.summary_table import print_summary
 
         print_summary(summary)
@@ -258,7 +259,7 @@ def _config_if_here(recipe: Recipe) -> Mapping[str, Any] | None:
 def rollout_words(out: Path) -> str:
     """How many samples were written, and how they were graded. A file without any goes: it would be in the way when the
     same command is given again."""
-    with out.open(encoding="utf-8") as lines:
+    with out.open("rb") as lines:
         rewards = [record["reward"] for record in metrics.parse(lines)]
     if not rewards:
         out.unlink()

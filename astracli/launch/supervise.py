@@ -23,7 +23,7 @@ from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first
 from astracli.process.config import Role
 from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.worker import TERM_EXIT, Status
+from astracli.process.worker import Status
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
@@ -92,6 +92,7 @@ class Supervisor:
             status.state = str(body.get("state", "starting"))
             status.waiting = body.get("waiting")
             status.progress = dict(body.get("progress") or {})
+            status.error = body.get("error") or status.error
             status.heard = time.monotonic()
         for warning in body.get("warnings") or ():
             say(f"warning: {body.get('name')}: {warning}")
@@ -188,7 +189,7 @@ class Supervisor:
         elif code == 0 and child.name in self._main:
             self._done.add(child.name)
             self.status[child.name].state = "done"
-        elif not (ending and code in (0, TERM_EXIT)):
+        elif not (ending and code == 0):  # somebody else's SIGTERM would leave evaluations undone
             self._lost(ended(child, code))
 
     def _reap(self, child: Started) -> int:
@@ -219,7 +220,7 @@ class Supervisor:
             after = f" after {recent} restarts within {window}" if recent else ""
             known = engines.get(process.config.engine).hints if process.plan.role is Role.ENGINE else ()
             hints = filter(None, [explain(known, child.last_lines(200))[1], self._hint()])
-            raise RunFailed(f"`{child.name}` {end.what}{after}{_quote(child)}", "; ".join(hints) or None)
+            raise RunFailed(f"`{child.name}` {end.what}{after}{self._quote(child)}", "; ".join(hints) or None)
         last = "".join(f" ({line})" for line in child.last_lines(1))
         again = f"it is started again, time {recent + 1} of {process.plan.restarts} within {window}"
         say(f"warning: `{child.name}` {end.what}{last}; {again}")
@@ -234,7 +235,7 @@ class Supervisor:
         refusal = None if end.cause is None else resumes.refusal(step, end.cause)
         if end.cause is None or refusal is not None:
             words = f"`{end.child.name}` {end.what}" + (f"; {refusal}" if refusal else "")
-            raise RunFailed(words + _quote(end.child), self._hint() or None)
+            raise RunFailed(words + self._quote(end.child), self._hint() or None)
         self._enter("resuming")
         say(f"warning: `{end.child.name}` {end.what} at step {step} ({end.cause}): everything is stopped, to go on")
         self._launcher.stop_all()
@@ -270,7 +271,7 @@ class Supervisor:
         if any(now - self.status[child.name].started > self._limits.ready_timeout_s for child in late):
             names = ", ".join(f"`{child.name}` ({self.status[child.name].words()})" for child in late)
             raise RunFailed(
-                f"not ready after {self._limits.ready_timeout_s:g} s: {names}{_quote(late[0])}",
+                f"not ready after {self._limits.ready_timeout_s:g} s: {names}{self._quote(late[0])}",
                 self._hint() or "raise launch.ready_timeout_s if it was only slow",
             )
 
@@ -285,6 +286,14 @@ class Supervisor:
         self._launcher.stop([child], grace_s=1.0)
         del self.children[child.name]
         self._lost(End(child, None, f"sent no heartbeat for {self._limits.heartbeat_timeout_s:g} s (last: {words})"))
+
+    def _quote(self, child: Started, count: int = 20) -> str:
+        """What it said last: in its log, and in its heartbeat where the log does not have it."""
+        lines, said = child.last_lines(count), (self.status[child.name].error or "").partition("\n")[0]
+        where = f"; its last lines in {child.log}:" if lines else f"; it wrote nothing to {child.log}"
+        if said and said not in "\n".join(lines):
+            return "\n  ".join([f"; it said: {said}", *([where[2:], *lines] if lines else [])])
+        return "\n  ".join([where, *lines])
 
     def _let_go(self, interrupted: threading.Event, patience_s: float = 1.5) -> None:
         """The hub says stop: give everyone a moment to end by itself."""
@@ -308,10 +317,3 @@ class Supervisor:
 def _dead(children: Iterable[Started]) -> list[Started]:
     """Those that have ended, the first to fall silent first."""
     return sorted((child for child in children if child.exited()), key=methodcaller("log_time"))
-
-
-def _quote(child: Started, count: int = 20) -> str:
-    lines = child.last_lines(count)
-    if not lines:
-        return f"; it wrote nothing to {child.log}"
-    return f"; its last lines in {child.log}:\n" + "\n".join(f"  {line}" for line in lines)

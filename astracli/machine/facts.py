@@ -17,6 +17,8 @@ from astracli.errors import UserError
 
 Capability = tuple[int, int]
 """Compute capability: (8, 9)."""
+PeerLink = Literal["NVLink", "PCIe"]
+"""How GPUs reach each other."""
 OLDEST: Capability = (8, 0)
 """bf16 arithmetic begins here."""
 RECORDED = "recorded by machine.probe"
@@ -195,6 +197,8 @@ class Machine(_Part):
     gpus: tuple[Gpu, ...]
     gpu_error: str | None
     """Why `nvidia-smi` gave no answer although it is there."""
+    peer_link: PeerLink | None = None
+    """The slowest way between two GPUs, as `nvidia-smi topo -m` shows it; None = fewer than two, or not known."""
     compilers: Compilers
     env: dict[str, str | None]
     engine: Environment | None = None

@@ -42,6 +42,7 @@ class Component(Enum):
     FULL_VERSION = "a full version before its pause"
     # a trainer
     MASTERS = "master weights (fp32)"
+    OTHERS_WEIGHTS = "weights that other ranks update (bf16)"
     GRADIENTS = "gradients (fp32)"
     MOMENTS = "moments (fp32)"
     REFERENCE = "reference (bf16)"
@@ -51,6 +52,7 @@ class Component(Enum):
     BASE = "adapted matrices without their adapters (bf16)"
     ADAPTERS = "adapters and their gradients (fp32)"
     GATHERED = "embedding and head, gathered (bf16)"
+    GATHERED_WHOLE = "weights, gathered for a minibatch (bf16)"
     ROUNDED_WEIGHTS = "rounded weights of the forward (fp32)"
     ACTIVATIONS = "activations"
     BACKWARD = "backward pass of the head or a block"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 from astracli.machine import packages
-from astracli.machine.facts import Compilers, Gpu, GpuProcess, Machine, Python, System
+from astracli.machine.facts import Compilers, Gpu, GpuProcess, Machine, PeerLink, Python, System
 
 GPU_QUERY = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,6 +40,7 @@ def probe(families: list[str] | None = None) -> Machine:
         python=Python(version=platform.python_version(), executable=sys.executable, venv=sys.prefix != sys.base_prefix),
         gpus=tuple(found),
         gpu_error=gpu_error,
+        peer_link=peer_link() if len(found) > 1 else None,
         compilers=compilers(),
         env={name: os.environ.get(name) for name in ENVIRONMENT},
         **packages.describe(families),
@@ -69,6 +71,27 @@ def gpus(timeout_s: float = 10.0) -> tuple[list[Gpu], str | None]:
     except OSError as error:
         return [], f"nvidia-smi cannot be run: {error}"
     return parse_gpus(done.stdout, held.stdout if held.returncode == 0 else ""), None
+
+
+def peer_link(timeout_s: float = 10.0) -> PeerLink | None:
+    """The slowest way between two GPUs of this machine; None when nvidia-smi does not say it."""
+    command = shutil.which("nvidia-smi")
+    try:
+        done = subprocess.run([command or "", "topo", "-m"], capture_output=True, text=True, timeout=timeout_s)
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    return parse_peers(done.stdout) if done.returncode == 0 else None
+
+
+def parse_peers(text: str) -> PeerLink | None:
+    """From the matrix that `nvidia-smi topo -m` prints: a line for each GPU, and in it how it reaches each GPU (`NV18`:
+    18 NVLinks; `PIX`, `NODE`, `SYS` and others: over PCIe; `X`: itself). Terminal codes underline its head."""
+    lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    rows = [words[1:] for words in lines if words and re.fullmatch(r"GPU\d+", words[0]) and "X" in words]
+    pairs = {way for words in rows for way in words[: len(rows)] if way != "X"}
+    if not pairs:
+        return None
+    return "NVLink" if all(re.fullmatch(r"NV\d+", way) for way in pairs) else "PCIe"
 
 
 def _query(command: str, what: str, timeout_s: float) -> subprocess.CompletedProcess[str]:

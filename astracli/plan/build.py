@@ -24,7 +24,7 @@ from astracli.plan import hints, problems, prompts, staging
 from astracli.plan.cost import TrainerLoad, pace
 from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
 from astracli.plan.offload import Reason
-from astracli.plan.placement import Gpus, Placement, place, time_shared
+from astracli.plan.placement import Gpus, Placement, place, place_on_cpu, time_shared
 from astracli.plan.requests import settle
 from astracli.plan.trainer import SPARE_BYTES, trainer_rows
 from astracli.plan.types import Command, LaunchPlan, ProcessPlan
@@ -177,7 +177,7 @@ class _Draft:
         slots = [*(gpu.index for gpu in visible), *range(beyond, beyond + rollout + train)]
         start = 0 if self.asked.resources.share_gpus else rollout
         trainer = slots[start : start + train] if self.command == "train" else []
-        slowest = pace([gpu for gpu in visible if gpu.index in trainer])
+        slowest = pace([gpu for gpu in visible if gpu.index in trainer], self.facts.peer_link)
         return Gpus(self.facts.gpu_sizes, slots[:rollout], trainer, slowest)
 
     @cached_property
@@ -236,7 +236,8 @@ class _Draft:
     def placement(self, host: int | None = None) -> Placement:
         """`host`: bytes that trainers may use there, None while there is enough."""
         if not self.cuda:
-            return Placement()
+            ranks = self.recipe.resources.train_ranks if self.command == "train" else 1
+            return place_on_cpu(self.recipe, ranks)
         placed, (recipe, why) = place(self.recipe, self.shape, self.gpus, host), self._settled
         if why is None:
             return placed

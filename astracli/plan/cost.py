@@ -13,8 +13,9 @@ from math import ceil
 
 from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe
 from astracli.engines import registry as engines
-from astracli.machine.facts import Gpu
+from astracli.machine.facts import Gpu, PeerLink
 from astracli.models.adapter import MemoryShape
+from astracli.plan.communication import USUAL_PEERS, WRAPPED, Peers, exchanged, peers
 from astracli.process.layout import Split, recomputed
 
 PEAK = {
@@ -46,6 +47,8 @@ class Pace:
     """FLOP/s that passes reach."""
     link: float = LINK[8]
     """Bytes/s to and from the host, together."""
+    peers: Peers = USUAL_PEERS
+    """To the GPUs of other ranks."""
 
 
 USUAL_PACE = Pace()
@@ -102,13 +105,26 @@ class TrainerLoad:
         moved = self.scores_reference and split.reference == "host"
         times = updates + (2 if self.recipe.algorithm.kl_coef else 0) if self.shape.adapters else 1
         reference = times * self.reference_bytes / (self.pace.link / 2) if moved else 0.0
-        return passes + moments + reference
+        return passes * self._wrapped(split) + moments + reference + self.communication_seconds(split)
+
+    def _wrapped(self, split: Split) -> float:
+        return 1.0 + WRAPPED if self.ranks > 1 and split.sharding != "optimizer" else 1.0
+
+    def communication_seconds(self, split: Split) -> float:
+        """What the ranks exchange of the policy in a step: gathered weights and summed gradients."""
+        if self.ranks == 1:
+            return 0.0
+        tokens = self.recipe.batch_sequences * TYPICAL * self.recipe.rollout.context_length / self.ranks
+        train = self.recipe.train
+        moved = exchanged(split.sharding, tokens, train.tokens_per_microbatch, train.minibatches)
+        return moved.seconds(self.shape.parameters, self.ranks, self.pace.peers.rate)
 
 
-def pace(gpus: Sequence[Gpu]) -> Pace:
-    """The slowest of these GPUs."""
+def pace(gpus: Sequence[Gpu], link: PeerLink | None = None) -> Pace:
+    """The slowest of these GPUs. `link`: how they reach each other."""
     speeds = ((peak(gpu.name, gpu.compute_capability), LINK[9 if gpu.capability[0] >= 9 else 8]) for gpu in gpus)
-    each = [Pace(REACHED * tflops * 1e12, link) for tflops, link in speeds]
+    between = peers(gpus, link)
+    each = [Pace(REACHED * tflops * 1e12, rate, between) for tflops, rate in speeds]
     return min(each, key=lambda found: found.flops, default=USUAL_PACE)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
-from astracli.config.recipe import Recomputed
+from astracli.config.recipe import Recipe, Recomputed, Sharding
 from astracli.machine.memory import words
+from astracli.plan.communication import DIVIDED
 from astracli.plan.cost import TrainerLoad
 from astracli.plan.memory import expected, padded
 from astracli.plan.trainer import trainer_rows
@@ -19,6 +21,8 @@ KEPT: dict[Recomputed, str] = {"none": "all kept", "selective": "half made again
 """What a plan says of the activations."""
 PARTS = tuple(twentieths / 20 for twentieths in range(21))
 """Parts of the moments that may stay on the host."""
+SEVERAL = 1.1
+"""What several ranks may need over their plan: the peaks of such runs were within a tenth of it."""
 
 
 class Reason(NamedTuple):
@@ -61,8 +65,19 @@ def options(load: TrainerLoad) -> Sequence[Split]:
         references = (asked.reference_device,)
     some = (0.0,) if load.shape.adapters else PARTS  # moments of adapters are small
     parts: Sequence[float] = {"auto": some, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
-    splits = [Split(reference, part, mode) for reference in references for part in parts for mode in modes]
-    return sorted(splits, key=load.step_seconds)
+    ways = product(references, parts, modes, shardings(load.recipe, load.ranks))
+    return sorted((Split(*way) for way in ways), key=load.step_seconds)
+
+
+def shardings(recipe: Recipe, ranks: int) -> Sequence[Sharding]:
+    """What the recipe allows several ranks to divide. Deterministic mode sums gradients as it always did. Adapters are
+    whole on every rank; the frozen weights are divided."""
+    if ranks == 1 or recipe.lora is not None:
+        return ("full",)
+    asked = recipe.train.sharding
+    if asked != "auto":
+        return (asked,)
+    return ("full",) if recipe.launch.deterministic else tuple(DIVIDED)
 
 
 def resident(splits: Sequence[Split]) -> list[Split]:
@@ -83,9 +98,11 @@ def recomputing(splits: Sequence[Split]) -> list[Split]:
 
 @lru_cache(2**14)  # of some hundred splits for each of those loads
 def trainer_needs(load: TrainerLoad, split: Split) -> tuple[int, int]:
-    """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates)."""
+    """What a rank needs of its GPU: (at least; all that is expected there, with the margin of its estimates, and of
+    several ranks with `SEVERAL`)."""
     there = [row for row in expected(trainer_rows("trainer", load, "cuda", split)) if row.where == "gpu"]
-    return sum(row.bytes for row in there if row.fixed), sum(map(padded, there))
+    room, every = sum(map(padded, there)), sum(row.bytes for row in there)
+    return sum(row.bytes for row in there if row.fixed), max(room, int(SEVERAL * every)) if load.ranks > 1 else room
 
 
 def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[Split], int] | None = None) -> Choice:
@@ -113,13 +130,15 @@ def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[S
         where += (" without a margin" if each.tight else " with its margin") + (" and the host" if over else "")
         why = each.because or _compared(load, chosen, fitting, each.tight, where)
         reasons.append(Reason("activations", KEPT[chosen.recomputed], why))
-    need, room = trainer_needs(load, Split(recomputed=chosen.recomputed))
+    need, room = trainer_needs(load, Split(recomputed=chosen.recomputed, sharding=chosen.sharding))
     no_room = (
         f"with everything on the GPU the trainer needs {words(need)}, {words(room)} with its margin; "
         f"it may fill {words(each.available)}"
     )
     part = chosen.moments_on_host
     placed = [("optimizer", asked.optimizer_device, part_words(part), part > 0)]
+    if load.ranks > 1 and not load.shape.adapters:
+        reasons.append(divided(load, chosen, fitting))
     if load.scores_reference:
         what = "weights without adapters" if load.shape.adapters else "reference"
         placed.insert(0, (what, asked.reference_device, chosen.reference, chosen.reference == "host"))
@@ -127,6 +146,25 @@ def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[S
         if moved or asked_for != "auto":
             reasons.append(Reason(what, place, "the recipe asks for it" if asked_for != "auto" else no_room))
     return Choice(chosen, all(split.moments_on_host > 0 for split in fitting), reasons)
+
+
+def divided(load: TrainerLoad, chosen: Split, fitting: Sequence[Split]) -> Reason:
+    """What the ranks divide among them, and why."""
+    what, where = f"{load.ranks} ranks divide", DIVIDED[chosen.sharding]
+    if load.recipe.train.sharding != "auto":
+        return Reason(what, where, "the recipe asks for it")
+    if load.recipe.launch.deterministic:
+        return Reason(what, where, "deterministic mode sums gradients in this order")
+    best: dict[Sharding, float] = {}
+    for split in fitting:
+        best.setdefault(split.sharding, load.step_seconds(split))
+    if chosen.sharding not in best:
+        return Reason(what, where, "needs least; nothing fits")
+    times = {way: f"{seconds / best[chosen.sharding]:.2f} times as long" for way, seconds in best.items()}
+    others = [f"{DIVIDED[way]}: {times.get(way, 'no room')}" for way in DIVIDED if way != chosen.sharding]
+    spent = load.communication_seconds(chosen) / load.step_seconds(chosen)
+    why = f"the quickest that fits over {load.pace.peers.words} (estimated, {spent:.0%} of a step); "
+    return Reason(what, where, why + "; ".join(others))
 
 
 def part_words(moments_on_host: float) -> str:

@@ -10,13 +10,25 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from astracli.config.recipe import Recipe
+from astracli.config.recipe import Recipe, Sharding
 from astracli.engines import registry as engines
 from astracli.machine.memory import Component, MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape
+from astracli.plan.communication import DIVIDED
 from astracli.plan.cost import USUAL_PACE, Pace, TrainerLoad
 from astracli.plan.memory import COMFORT, total
-from astracli.plan.offload import KEPT, Choice, Reason, Try, choose, options, recomputing, resident, trainer_needs
+from astracli.plan.offload import (
+    KEPT,
+    Choice,
+    Reason,
+    Try,
+    choose,
+    options,
+    recomputing,
+    resident,
+    shardings,
+    trainer_needs,
+)
 from astracli.plan.trainer import context_bytes, trainer_rows
 from astracli.process.layout import LIMIT_S, RESIDENT, WITHOUT_PEERS, Split, Staging
 
@@ -100,6 +112,12 @@ def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | Non
     )
 
 
+def place_on_cpu(recipe: Recipe, ranks: int) -> Placement:
+    """Memory is plenty there, and every message between ranks costs: they divide the optimizer alone."""
+    way: Sharding = "optimizer" if "optimizer" in (ways := shardings(recipe, ranks)) else ways[0]
+    return Placement(split=Split(sharding=way))
+
+
 def shares_time(load: TrainerLoad, size: int | None) -> bool:
     """Whether engine and trainer use a GPU of `size` bytes by turns: asked for, or the only way in which both fit."""
     mode = load.recipe.resources.share_mode
@@ -115,9 +133,14 @@ def _trainer(load: TrainerLoad, size: int | None, shared: bool, time_sharing: bo
     """How the trainer uses GPUs of which the smallest has `size` bytes."""
     every = options(load)
     if size is None:
-        split = recomputing(resident(every))[0]
-        unknown = Reason("activations", KEPT[split.recomputed], "the memory of its GPU is not known")
-        return Choice(split, False, [unknown] if load.recipe.train.activation_checkpointing == "auto" else [])
+        split = min(recomputing(resident(every)), key=lambda split: trainer_needs(load, split)[0])
+        unknown = "the memory of its GPU is not known"
+        reasons = [Reason("activations", KEPT[split.recomputed], unknown)]
+        if load.recipe.train.activation_checkpointing != "auto":
+            reasons = []
+        if load.ranks > 1:
+            reasons.append(Reason(f"{load.ranks} ranks divide", DIVIDED[split.sharding], unknown))
+        return Choice(split, False, reasons)
 
     def over(split: Split) -> int:
         return max(0, load.ranks * _on_host(load, split, time_sharing) - (host or 0))
@@ -158,8 +181,8 @@ def _tries(load: TrainerLoad, size: int, every: Sequence[Split], shared: bool, t
 STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
 """What stays on a GPU whoever uses it."""
 OFFLOADED = (
-    Component.WEIGHTS, Component.MASTERS, Component.MOMENTS, Component.REFERENCE, Component.FROZEN_WEIGHTS,
-    Component.BASE, Component.ADAPTERS,
+    Component.WEIGHTS, Component.MASTERS, Component.OTHERS_WEIGHTS, Component.MOMENTS, Component.REFERENCE,
+    Component.FROZEN_WEIGHTS, Component.BASE, Component.ADAPTERS,
 )  # fmt: skip
 """What waits in host memory while the other uses the GPU; the rest is freed then."""
 

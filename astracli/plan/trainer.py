@@ -1,8 +1,11 @@
 """What a trainer rank holds in memory, in bytes, at its largest: in the backward pass of a full micro-batch. Pure.
 
-The terms follow `training/`. Master weights, gradients and moments are fp32, sharded over the ranks (optimizer.py). On
-one rank the bf16 parameters are the upper parts of split master weights (split_masters.py). On several ranks FSDP2
-gathers a block in bf16 around its use, and the embedding and head for the whole pass (fsdp.py). The output head runs in
+The terms follow `training/`. Master weights and moments are fp32, and divided among the ranks (optimizer.py); gradients
+are fp32. On one rank the bf16 parameters are the upper parts of split master weights (split_masters.py), and so they
+are where several ranks divide only the optimizer: there each rank also holds the weights that the others update, and
+all gradients (sharded_optimizer.py). Otherwise FSDP2 gathers a block in bf16 around its use or for a minibatch, and the
+embedding and head for the whole pass; it holds gradients of its shards, or whole until a minibatch ends (fsdp.py). The
+output head runs in
 chunks of tokens (logprob.py). The last published version and the next lie on the GPU where there is room for both
 (publish/snapshot.py), else on the host.
 """
@@ -32,7 +35,7 @@ GATHERED = 14
 buffer of the collective (2), bf16 gradients (2), the fp32 buffer that they are reduced from (4), and that of the block
 before (2: half of it, on average)."""
 ALONE = 2
-"""The same on one rank, which gathers and reduces nothing: bf16 gradients, each freed when it is added up."""
+"""The same on a rank that gathers and reduces nothing: bf16 gradients, each freed when it is added up."""
 FROZEN_GATHERED = 6
 """`GATHERED` without gradients."""
 MERGING = 12
@@ -52,11 +55,13 @@ def trainer_rows(
 ) -> list[MemoryRow]:
     """One trainer rank. `published`: where the last published version and the next lie."""
     if device == "cpu":
-        return _on_cpu(name, load)
+        return _on_cpu(name, load, split)
     shape, ranks = load.shape, load.ranks
     share = ceil(shape.parameters / ranks)
     rows = _adapters(name, load, split) if shape.adapters else _whole(name, load, split)
-    if ranks > 1:
+    if ranks > 1 and split.sharding == "gradients":
+        rows.append(MemoryRow(name, Component.GATHERED_WHOLE, "gpu", 2 * shape.parameters))
+    elif wrapped(load, split):
         rows.append(MemoryRow(name, Component.GATHERED, "gpu", 2 * _outside(shape)))
     kept, peak = _passes(load, split)
     known: Basis = "counted" if shape.block_activations else "estimated"  # an adapter counts them from autograd
@@ -81,14 +86,27 @@ def trainer_rows(
     return [*rows, *_checkpoint_copy_and_process(name, load)]
 
 
+def wrapped(load: TrainerLoad, split: Split) -> bool:
+    """Whether FSDP2 shards the policy."""
+    return load.ranks > 1 and split.sharding != "optimizer"
+
+
+def _of_gradients(load: TrainerLoad, split: Split) -> int:
+    """How many gradients a rank holds."""
+    whole = split.sharding in ("optimizer", "parameters")
+    return load.shape.parameters if whole else ceil(load.shape.parameters / load.ranks)
+
+
 def _whole(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     """What is trained, and what belongs to it, when all weights are."""
     share = ceil(load.shape.parameters / load.ranks)
     rows = [
         MemoryRow(name, Component.MASTERS, "gpu", 4 * share),
-        MemoryRow(name, Component.GRADIENTS, "gpu", 4 * share),
+        MemoryRow(name, Component.GRADIENTS, "gpu", 4 * _of_gradients(load, split)),
         *_moments(name, share, split),
     ]
+    if load.ranks > 1 and split.sharding == "optimizer":
+        rows.append(MemoryRow(name, Component.OTHERS_WEIGHTS, "gpu", 2 * (load.shape.parameters - share)))
     if load.scores_reference:
         # moved in for the scoring pass, it uses the room of the gradients, which are computed later
         rows.append(MemoryRow(name, Component.REFERENCE, split.reference, load.reference_bytes))
@@ -119,7 +137,7 @@ def context_bytes(ranks: int) -> int:
     return CUDA_CONTEXT + (NCCL if ranks > 1 else 0)
 
 
-def _on_cpu(name: str, load: TrainerLoad) -> list[MemoryRow]:
+def _on_cpu(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     shape, tokens = load.shape, _tokens(load)
     share = ceil(shape.parameters / load.ranks)
     logits = min(LOGIT_BYTES["cpu"], tokens * shape.vocab_size * 4)
@@ -127,9 +145,9 @@ def _on_cpu(name: str, load: TrainerLoad) -> list[MemoryRow]:
     sizes = {
         Component.MASTERS: 4 * share,
         Component.MOMENTS: 8 * share,
-        Component.GRADIENTS: 4 * share,
+        Component.GRADIENTS: 4 * _of_gradients(load, split),
         Component.PUBLISHED: 4 * share,
-        Component.ROUNDED_WEIGHTS: 4 * share,
+        Component.ROUNDED_WEIGHTS: 4 * (share if wrapped(load, split) else shape.parameters),
         **({Component.REFERENCE_FP32: 4 * share} if load.scores_reference else {}),
         Component.LOGITS: 3 * logits,
     }
@@ -184,11 +202,11 @@ def _passes(load: TrainerLoad, split: Split) -> tuple[int, int]:
     update).
 
     Head: its gradient in fp32 and bf16, a chunk of fp32 logits and the bf16 gradients of four, the last norm. Block:
-    `GATHERED` or `ALONE`, its recomputed activations, the head's gradient. On one rank, products are added to the fp32
-    gradients themselves (weight_gradients.py), so the head's gradient needs no other memory, and a block's only where
-    something else computes it.
+    `GATHERED` or `ALONE`, its recomputed activations, the head's gradient. Without FSDP2, products are added to the
+    fp32 gradients themselves (weight_gradients.py), so the head's gradient needs no other memory, and a block's only
+    where something else computes it.
     """
-    shape, several = load.shape, load.ranks > 1
+    shape, several = load.shape, wrapped(load, split)
     tokens, head, mode = _tokens(load), shape.vocab_size * shape.hidden_size, recomputed(load.recipe, split)
     kept, largest = (tokens * size for size in _of_a_token(shape, mode))
     logits = min(LOGIT_BYTES["cuda"], tokens * shape.vocab_size * 4)
@@ -212,10 +230,10 @@ def _peak_with_adapters(load: TrainerLoad, logits: int, kept: int, largest: int,
 
 
 def in_update(shape: MemoryShape, ranks: int, split: Split) -> int:
-    """What an update brings to the GPU (adam.py). On one rank: whole master weights (the head's in one piece) beside
+    """What an update brings to the GPU (adam.py). Without FSDP2: whole master weights (the head's in one piece) beside
     the first moments from the host. Then the moments of `BUCKETS_IN_FLIGHT` buckets; the head's leave last."""
     share, head = ceil(shape.parameters / ranks), ceil(shape.vocab_size * shape.hidden_size / ranks)
-    master = 4 if ranks == 1 else 0
+    master = 4 if ranks == 1 or split.sharding == "optimizer" else 0
     whole = min(master * share, max(BUCKET_BYTES, master * head))
     if not split.moments_on_host:
         return whole

@@ -20,6 +20,8 @@ from typing import IO, TYPE_CHECKING, TypeAlias
 
 import psutil
 
+from astracli.process.worker import TERM_EXIT
+
 if TYPE_CHECKING:
     from astracli.process.forking import Forked
 
@@ -136,11 +138,14 @@ def last_lines(stream: IO[bytes], count: int) -> list[str]:
 
 
 def exit_words(code: int) -> str:
-    """`exit code 3`, or `signal 9 (SIGKILL)`."""
+    """`exit code 3`, or `signal 15 (SIGTERM)`; of what nobody here does, who may have done it."""
+    if code == TERM_EXIT:
+        return f"exit code {code} (somebody sent it SIGTERM)"
     if code >= 0:
         return f"exit code {code}"
     try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
+        killed = ": killed from outside, or by the system for want of memory" if code == -signal.SIGKILL else ""
+        return f"signal {-code} ({signal.Signals(-code).name}{killed})"
     except ValueError:
         return f"signal {-code}"
 

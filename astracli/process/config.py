@@ -123,6 +123,8 @@ class TrainerConfig(ProcessConfig):
     """Engines with which the trainer shares GPUs in time; their names are the leases'."""
     leaves: bool
     """One of them uses this rank's own GPU."""
+    warm_up: bool
+    """Made-up rows are computed before the first batch, so that kernels are compiled while the engines start."""
     host_bytes: int
     """What all processes are planned to need of the host, without copies of checkpoints; 0 on a CPU."""
 

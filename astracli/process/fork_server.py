@@ -141,8 +141,9 @@ def become(request: Request) -> NoReturn:
         if code is not None and not isinstance(code, int):
             print(code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()
         code = 1
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -2,7 +2,7 @@
 
 Connections stay open and are taken last in, first out; a request opens one when none is free. There is no pool that is
 searched and no limit: what a client costs for each request decides whether a fast engine is kept busy. It speaks plain
-HTTP, follows no redirect and uses no proxy. A client belongs to one event loop.
+HTTP, signs and checks bodies (`intact`), follows no redirect and uses no proxy. A client belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+from astracli.process import intact
 
 IDLE_S = 4.0
 """A connection that has been idle for longer is not used again: servers close theirs after some seconds (uvicorn: 5),
@@ -113,7 +115,9 @@ class Http:
                 raise
 
     def _request(self, method: str, path: str, body: bytes | None) -> bytes:
-        kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n" if body is not None else ""
+        kind = f"{intact.HEADER}: {intact.digest(body or b'')}\r\n"
+        if body is not None:
+            kind += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
         return f"{method} {self._path}{path} HTTP/1.1\r\n{self._head}{kind}\r\n".encode() + (body or b"")
 
     def _unused(self) -> _Connection | None:
@@ -162,7 +166,8 @@ class _Answer:
 
     def __init__(self, reader: asyncio.StreamReader):
         self._reader = reader
-        self.status, self._media_type = 0, ""
+        self.status = 0
+        self._headers: dict[str, str] = {}
         self._length: int | None = 0
         """Bytes of the body; None: until the connection is closed."""
         self._chunked = self._kept = self._read = False
@@ -179,11 +184,10 @@ class _Answer:
             if not protocol.startswith("HTTP/1."):
                 raise ValueError(f"no HTTP: {lines[0][:60]!r}")
             self.status = int(status)
-        headers = {}
+        headers = self._headers
         for line in filter(None, lines[1:]):
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
-        self._media_type = headers.get("content-type", "")
         self._kept = headers.get("connection", "").lower() != "close" and protocol != "HTTP/1.0"
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         length = headers.get("content-length")
@@ -192,7 +196,13 @@ class _Answer:
             self._chunked, self._length = False, 0
 
     async def all(self) -> Reply:
-        return Reply(self.status, b"".join([part async for part in self.parts()]), self._media_type)
+        """Raises HttpError when request or answer were changed on their way."""
+        content = b"".join([part async for part in self.parts()])
+        if intact.REFUSED in self._headers:
+            raise HttpError(f"the request: {intact.WORDS}")
+        if intact.damaged(content, self._headers.get(intact.HEADER)):
+            raise HttpError(f"the answer: {intact.WORDS}")
+        return Reply(self.status, content, self._headers.get("content-type", ""))
 
     async def parts(self) -> AsyncIterator[bytes]:
         """The body."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from astracli.config.recipe import Recipe, Recomputed
+from astracli.config.recipe import Recipe, Recomputed, Sharding
 
 Where = Literal["gpu", "host"]
 Staging = Literal["gpu", "host", "file"]
@@ -39,6 +39,8 @@ class Split:
     """Which part of AdamW's moments."""
     recomputed: Recomputed = "none"
     """Of the blocks' activations, where the recipe leaves it open."""
+    sharding: Sharding = "full"
+    """What several ranks divide among them; one rank divides nothing."""
 
 
 RESIDENT = Split()

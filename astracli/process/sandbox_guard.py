@@ -199,7 +199,10 @@ def main() -> None:
     control = int(sys.argv[1])
     os.set_inheritable(control, False)
     guard = Guard(control, json.loads(sys.argv[2]))
-    guard.start(sys.argv[3:])
+    try:
+        guard.start(sys.argv[3:])
+    except OSError as error:
+        sys.exit(f"error: {sys.argv[3]} could not be started: {error.strerror}")
 
     def say(**said: object) -> None:
         try:

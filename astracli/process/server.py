@@ -20,6 +20,7 @@ from astracli.errors import RunFailed
 from astracli.process import ports
 from astracli.process.connections import TRUSTED, Guarded, most_connections
 from astracli.process.console import say
+from astracli.process.intact import Intact
 
 KEEP_ALIVE_S = 75
 CLOSE = "close"
@@ -35,7 +36,7 @@ class TokenGuard:
     """
 
     def __init__(self, app: ASGIApp, token: str, refusal: JSONResponse):
-        self._app = app
+        self._app = Intact(app)
         self._expected = f"Bearer {token}".encode()
         self._refusal = refusal
 

@@ -26,7 +26,8 @@ from typing import Any, Literal, NoReturn
 
 import httpx
 
-from astracli.errors import AstraError, disk_full
+from astracli.errors import AstraError, machine_failed
+from astracli.process import intact
 from astracli.process.config import C, ProcessConfig, load_config
 from astracli.process.open_files import raise_open_files
 from astracli.process.patience import GONE_S, Patience
@@ -50,6 +51,8 @@ class Status:
     progress: Mapping[str, Any] = field(default_factory=dict)
     heard: float | None = None
     """Monotonic time of the last heartbeat; None before the first."""
+    error: str | None = None
+    """Why it ends: its log may lie on the disk that is full."""
     restarts: int = 0
     started: float = field(default_factory=time.monotonic)
 
@@ -75,7 +78,9 @@ class Reporter:
         self._interval_s = interval_s
         self._give_up_s = give_up_s
         headers = {"Authorization": f"Bearer {config.token}", "Content-Type": "application/json"}
-        self._http = httpx.Client(base_url=config.hub_url, headers=headers, timeout=5.0, trust_env=False)
+        self._http = httpx.Client(
+            base_url=config.hub_url, headers=headers, timeout=5.0, trust_env=False, event_hooks=intact.hooks()
+        )
         self._parent = os.getppid()
         self._state: State = "starting"
         self._waiting: str | None = None
@@ -121,7 +126,9 @@ class Reporter:
         with self._lock:
             self._state = "done" if clean else "failed"
             self._waiting = None
-            self._error = None if clean or kind is None else str(error) or kind.__name__
+            if not clean and error is not None:
+                known = error if isinstance(error, AstraError) else machine_failed(error) or error
+                self._error = str(known) or type(error).__name__
         self._closed.set()
         self._wake.set()
         if self._thread is not None:
@@ -228,17 +235,19 @@ def _run(fn: Callable[[C, Reporter], None], config: C, reporter: Reporter) -> in
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as error:
-        if full := disk_full(error):
+        if full := machine_failed(error):
             return _explain(full)
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         failed = gpu_failed(error) or link_failed(error)
         return _explain(failed) if failed else 1
 
 
 def _explain(error: AstraError) -> int:
     """The worker's only mapping from an error to words and an exit code."""
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # its log is on a full disk: the reporter has told the supervisor
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        sys.stderr.flush()
     return error.exit_code

@@ -72,7 +72,7 @@ def newest_reward(run: RunDir) -> float | None:
         return None
     with run.metrics_jsonl.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-        lines = file.read().decode("utf-8", "replace").splitlines()
+        lines = file.read().splitlines()
     return metrics.mean([value for _, value in rewards(list(metrics.parse(lines)))[-REWARD_STEPS:]])
 
 

@@ -64,7 +64,7 @@ def spread(rows: list[Row], count: int) -> list[Row]:
 
 def _rows(file: Path) -> Iterator[Row]:
     """What a page needs of a file's samples: of a run of days all of their tokens would be gigabytes."""
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for row in metrics.parse(lines):
             lists = {key: row.get(key) or [] for key in ("tokens", "logprobs")}
             row |= {key: list(_clipped(values)) for key, values in lists.items()}

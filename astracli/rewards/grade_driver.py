@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from astracli.errors import RunFailed
+from astracli.errors import RunFailed, machine_failed
 from astracli.rewards.builtin import CODE
 from astracli.rewards.channel import GarbledError
 from astracli.rewards.grade_process import Process, item_fields, score_of
@@ -169,7 +169,12 @@ class Driver:
             self._progress = time.monotonic()
 
     def _start(self) -> None:
-        process = self.process = Process(self._setting)
+        try:
+            process = self.process = Process(self._setting)
+        except OSError as error:  # no fault of the reward: a score of 0 would be a wrong one
+            failed = machine_failed(error)
+            words = failed.message if failed else f"{error}"
+            raise RunFailed(f"no grading process could be started: {words}", failed.hint if failed else None) from error
         try:
             if self._owner.closed.is_set():
                 raise RunFailed("the grading processes are closed")

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import msgpack
 import numpy as np
+import xxhash
 
+DIGEST_BYTES = 8
 Verdict = Literal["right", "wrong", "timeout", "error", "no_answer"]
 FinishReason = Literal["stop", "length"]
 
@@ -118,8 +120,8 @@ class Group:
 
 
 def pack_group(group: Group) -> bytes:
-    """Group -> msgpack; arrays are raw little-endian bytes. The loss mask lies in the segments: one without a version
-    is masked and has no log-probabilities."""
+    """Group -> msgpack, and behind it its xxh3-64; arrays are raw little-endian bytes. The loss mask lies in the
+    segments: one without a version is masked and has no log-probabilities."""
     doc = {
         "lease_id": group.lease_id,
         "problem_id": group.problem_id,
@@ -144,13 +146,17 @@ def pack_group(group: Group) -> bytes:
             for s in group.samples
         ],
     }
-    return msgpack.packb(doc)
+    packed: bytes = msgpack.packb(doc)
+    return packed + xxhash.xxh3_64_digest(packed)
 
 
 def unpack_group(blob: bytes) -> Group:
-    """The inverse of `pack_group`. Raises ValueError on anything else."""
+    """The inverse of `pack_group`. Raises ValueError on anything else, one changed bit too."""
+    packed, said = blob[:-DIGEST_BYTES], blob[-DIGEST_BYTES:]
+    if xxhash.xxh3_64_digest(packed) != said:
+        raise ValueError("not a packed group: its checksum differs")
     try:
-        doc = msgpack.unpackb(blob)
+        doc = msgpack.unpackb(packed)
         samples = [
             Sample(
                 index=s["index"],

@@ -81,8 +81,9 @@ def append(path: Path, records: Iterable[Record]) -> None:
         file.write("".join(lines))
 
 
-def parse(lines: Iterable[str]) -> Iterator[Record]:
-    """Records of JSONL lines; a torn line (a writer was killed) is left out, and so is a `step` that is null."""
+def parse(lines: Iterable[str | bytes]) -> Iterator[Record]:
+    """Records of JSONL lines; a torn or damaged line (a writer was killed) is left out, and so is a `step` that is
+    null."""
     for line in lines:
         try:
             record = json.loads(line)
@@ -105,7 +106,7 @@ def read(path: Path) -> list[Record]:
     """All records of a run, in file order; [] when there is no file."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         return list(parse(file))
 
 
@@ -124,7 +125,7 @@ class Tail:
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return list(parse(whole.decode("utf-8", "replace").splitlines()))
+        return list(parse(whole.splitlines()))
 
 
 def series(records: Iterable[Mapping[str, Any]], name: str, process: str | None = None) -> list[tuple[int, float]]:

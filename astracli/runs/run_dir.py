@@ -90,7 +90,7 @@ class RunDir:
                 "only the user who started a run can go on with it; copy the directory to have it as your own",
             ) from None
         deadline = time.monotonic() + orphans_s
-        while not _flock(fd):
+        while not self._locked(fd):
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
             orphans = holder.isdigit() and not _lives(int(holder))
             if orphans and time.monotonic() < deadline:
@@ -105,6 +105,18 @@ class RunDir:
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         self.lock_fd = fd
+
+    def _locked(self, fd: int) -> bool:
+        try:
+            return _flock(fd)
+        except OSError as error:
+            os.close(fd)
+            raise UserError(
+                f"run directory `{self.path}` lies on a file system that takes no locks: "
+                f"{(error.strerror or str(error)).lower()}",
+                "two runs in one directory could not be told apart there: give a --run-dir on a local disk, or mount "
+                "it with locks (NFS needs its lock daemon)",
+            ) from None
 
     def unlock(self) -> None:
         """Let go of the run; does nothing when it is not held."""
@@ -139,6 +151,8 @@ class RunDir:
             return True
         try:
             return not _flock(fd)
+        except OSError:  # a file system without locks: no run began there
+            return False
         finally:
             os.close(fd)
 
@@ -156,7 +170,9 @@ class RunDir:
             words = (error.strerror or str(error)).lower()
             raise UserError(f"cannot read `{self.status_json}`: {words}") from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"`{self.status_json}` is damaged: {error}") from None
+            raise UserError(
+                f"`{self.status_json}` is damaged: {error}", "remove it: a resume does without it, and writes a new one"
+            ) from None
 
     def readable_status(self) -> RunStatus | None:
         """`status`, and None for a damaged file: to look through many runs, of which `runs list` names the damaged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,8 +53,10 @@ class Adam:
             _groups(self.optimized, table), lr=table.learning_rate, betas=table.betas, eps=table.eps, fused=True
         )
 
-    def step(self, gradients: Mapping[str, Tensor], rate: float) -> None:
-        """One update of what has a gradient."""
+    def step(
+        self, gradients: Mapping[str, Tensor], rate: float, updated: Callable[[Collection[str]], None] = lambda _: None
+    ) -> None:
+        """One update of what has a gradient. `updated` is called with the names of each bucket that is done."""
         for group in self.adamw.param_groups:
             group["lr"] = rate
         stay = buckets({name: self._brings(name) for name in gradients if name not in self.away})
@@ -64,9 +66,11 @@ class Adam:
         def resident() -> None:
             for bucket in stay:
                 self.step_bucket(bucket, gradients)
+                updated(bucket)
 
         def visitors(index: int) -> list[CpuOffload]:
             self.step_bucket(pass_by[index], gradients)
+            updated(pass_by[index])
             return [self._offload(name) for name in pass_by[index]]
 
         self._overlapped_offload.through(sets, visitors, resident)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -40,9 +41,10 @@ def watched() -> Iterator[None]:
         timer.cancel()
 
 
-def check(rank: int, world_size: int, device: torch.device) -> None:
-    """Sum over all ranks twice, the second time on what the first gave. Raises ValueError when it is wrong. Leaves no
-    buffer behind in torch's cache, where an engine beside could not use it."""
+def check(rank: int, world_size: int, device: torch.device) -> float:
+    """Sum over all ranks twice, the second time on what the first gave. Returns the bytes/s that the second moved from
+    each rank to the next. Raises ValueError when a sum is wrong. Leaves no buffer behind in torch's cache, where an
+    engine beside could not use it."""
     import torch
     import torch.distributed as dist
 
@@ -50,13 +52,20 @@ def check(rank: int, world_size: int, device: torch.device) -> None:
     expected = buffer * (world_size * world_size) + world_size * sum(range(world_size))
     buffer += rank
     for _ in range(2):
+        settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        settle()
+        began = time.perf_counter()
         dist.all_reduce(buffer)
+        settle()
+        seconds = time.perf_counter() - began
+    moved = 2 * buffer.nbytes * (world_size - 1) / world_size
     wrong = int((buffer != expected).sum())
     if device.type == "cuda":
         del buffer, expected
         torch.cuda.empty_cache()
     if wrong:
         raise ValueError(f"{wrong} of {ELEMENTS[device.type]} sums over {world_size} ranks are wrong")
+    return moved / seconds
 
 
 def _give_up(reason: str) -> None:

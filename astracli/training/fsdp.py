@@ -2,8 +2,9 @@
 
 One rank needs neither a process group nor wrapping. On a GPU its parameters are stored in bf16, and each is the upper
 part of its split master (`split_masters`). FSDP2 on a mesh of one (`wrapped`, for comparison) computes the same, but it
-copies and casts every parameter in every pass. Several ranks find each other by the torchrun variables RANK,
-WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+copies and casts every parameter in every pass. Several ranks that divide the optimizer alone (`sharded_optimizer`)
+compute as one rank does; with every other `train.sharding` FSDP2 wraps the policy. Ranks find each other by the
+torchrun variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
+from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed, Sharding
 from astracli.errors import UserError
 from astracli.process import ports
 
@@ -50,6 +51,10 @@ class Ranks:
     """The gloo group of the messages between steps; the default group carries what a step computes."""
     compute: torch.dtype | None = None
     """What a policy computes in; None: bf16 on a GPU, fp32 on a CPU."""
+    sharding: Sharding = "full"
+    """What several ranks divide among them."""
+    rate: float = 0.0
+    """Bytes/s from each rank to the next, measured at the start; 0 of one rank."""
 
     @property
     def first(self) -> bool:
@@ -61,9 +66,25 @@ class Ranks:
         return self.compute or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     @property
+    def wraps(self) -> bool:
+        """Whether FSDP shards the policy. Otherwise this rank holds it whole."""
+        return self.mesh is not None and self.sharding != "optimizer"
+
+    @property
+    def divides_optimizer(self) -> bool:
+        """Whether every rank holds all weights and gradients, and updates a part of them."""
+        return self.world_size > 1 and self.sharding == "optimizer"
+
+    @property
+    def loss_factor(self) -> int:
+        """What a rank's loss is multiplied by before its backward pass: FSDP averages gradients over the ranks, and the
+        loss counts all of them."""
+        return self.world_size if self.wraps else 1
+
+    @property
     def stores_bf16(self) -> bool:
         """Whether parameters are stored in a `precision` below fp32. FSDP stores fp32, and casts when it gathers."""
-        return self.mesh is None and self.precision != torch.float32
+        return not self.wraps and self.precision != torch.float32
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Element-wise sum over all ranks, in float64."""
@@ -96,19 +117,21 @@ class Ranks:
         assert received[0] is not None
         return received[0]
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype, on the device, by their mean over all ranks: everywhere the same bits."""
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace gradients of one dtype, on the device, that every rank holds whole by those of the loss of all ranks:
+        everywhere the same bits."""
         if self.world_size == 1 or not tensors:
             return
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(together)
-        parts = (together / self.world_size).split([tensor.numel() for tensor in tensors])
+        parts = (together / self.loss_factor).split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def squares(self, gradients: Iterable[Tensor]) -> float:
-        """Sum of squares of a model's gradients over all ranks. A gradient that every rank holds whole counts once."""
-        mine = [local(g) for g in gradients if self.first or hasattr(g, "to_local")]
+    def squares(self, gradients: Iterable[Tensor], parts: Iterable[Tensor] = ()) -> float:
+        """Sum of squares of a model's gradients over all ranks. A gradient that every rank holds whole counts once.
+        `parts`: of gradients of which every rank holds another part."""
+        mine = [*parts, *(local(g) for g in gradients if self.first or hasattr(g, "to_local"))]
         norms = list(torch._foreach_norm(mine)) if mine else []
         found = float(torch.stack(norms).double().square().sum()) if norms else 0.0
         return self.sum([found])[0]
@@ -131,16 +154,22 @@ class Ranks:
         time.sleep(RELEASE_S)
 
 
-def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: bool = False) -> Ranks:
+def join(
+    device: str,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    wrapped: bool = False,
+    sharding: Sharding = "full",
+) -> Ranks:
     """Join the process group that the environment describes. `device`: `cpu` or `cuda`. `wrapped`: a single rank gets a
-    process group, too.
+    process group, too. `sharding`: what several ranks divide among them.
 
     Several ranks then prove that they reach each other (`collective_check`). Raises UserError when the environment
     names several ranks but no address at which they meet.
     """
     rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 and not wrapped:
-        return Ranks(device=_own(device, 0, environment))
+        return Ranks(device=_own(device, 0, environment), sharding=sharding)
     from torch.distributed.device_mesh import init_device_mesh
 
     from astracli.training import collective_check
@@ -159,9 +188,11 @@ def join(device: str, environment: Mapping[str, str] = os.environ, *, wrapped: b
         store = _meet(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), rank, world_size)
     with collective_check.watched():
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
-        collective_check.check(rank, world_size, chosen)
+        rate = collective_check.check(rank, world_size, chosen)
     cpu_group = dist.new_group(backend="gloo", timeout=WAIT)
-    return Ranks(rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group)
+    return Ranks(
+        rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group, sharding=sharding, rate=rate
+    )
 
 
 def _meet(host: str, port: int, rank: int, world_size: int) -> dist.Store:
@@ -185,16 +216,21 @@ def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device
 
 
 def shard(
-    policy: nn.Module, block_classes: Iterable[str], ranks: Ranks, *, exact: Collection[nn.Parameter] = ()
+    policy: nn.Module,
+    block_classes: Iterable[str],
+    ranks: Ranks,
+    *,
+    exact: Collection[nn.Parameter] = (),
+    sharding: Sharding = "full",
 ) -> None:
-    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group. A single rank's
-    policy moves to its device as it is.
+    """FSDP2 in place: each block on its own, the root (embedding, head, last norm) as one more group. A policy of which
+    only the optimizer is divided, and a single rank's, moves to its device as it is.
 
     `policy`'s forward must do everything that touches the root's parameters: outside it they are sharded. It computes
     in the ranks' precision, except for the `exact` parameters: FSDP gathers a block in one dtype, so every rank holds
     these whole, in their own dtype, and the optimizer averages their gradients. They should be few and small.
     """
-    if ranks.mesh is None:
+    if ranks.mesh is None or sharding == "optimizer":
         policy.to(ranks.device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -203,6 +239,8 @@ def shard(
         parameter.data = parameter.data.to(ranks.device)
     # FSDP moves each group to the device as it shards it: the whole fp32 model is never there at once
     settings: dict[str, Any] = {"mesh": ranks.mesh, "ignored_params": set(exact)}
+    if sharding == "gradients":
+        settings["reshard_after_forward"] = False
     if ranks.precision != torch.float32:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=ranks.precision, reduce_dtype=torch.float32)
     names = frozenset(block_classes)
@@ -235,10 +273,25 @@ def recompute(policy: nn.Module, block_classes: Iterable[str], mode: Recomputed)
 
 
 def free_gathered(policy: nn.Module) -> None:
-    """Free what FSDP leaves gathered after a forward pass: embedding and head. Nothing when it is not sharded."""
-    reshard: Any = getattr(policy, "reshard", None)
-    if reshard is not None:
-        reshard()
+    """Free what FSDP leaves gathered after a pass: embedding and head, or every block. Nothing when it is not
+    sharded."""
+    for module in policy.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
+
+
+def before_backward(policy: nn.Module, ranks: Ranks, *, last: bool) -> None:
+    """What FSDP does in the backward pass of a minibatch's micro-batch, and of its `last`: before an update gradients
+    are summed over the ranks, and gathered weights are freed. Ranks must call this alike."""
+    root: Any = policy
+    if not ranks.wraps or ranks.sharding == "full":
+        return
+    if ranks.sharding == "gradients":
+        root.set_reshard_after_backward(last)
+    else:
+        root.set_requires_gradient_sync(last)
+    root.set_is_last_backward(last)
 
 
 def start_of(parameter: Tensor, ranks: Ranks) -> int:

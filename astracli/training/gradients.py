@@ -43,6 +43,12 @@ class Gradients:
             return {name: self._sums[name] for name in self._parameters if name in self._sums}
         return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
 
+    def forget(self, name: str) -> None:
+        """Free one that has been taken over."""
+        if self._sums is not None:
+            self._sums.pop(name, None)
+        self._parameters[name].grad = None
+
     def clear(self) -> None:
         """Forget them and free their memory."""
         if self._sums is not None:

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.errors import RunFailed, disk_full
+from astracli.errors import RunFailed, disk_failed
 from astracli.hub.client import HubClient
 from astracli.hub.types import Batch, HubState, NextBatch
 from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
+from astracli.kernels.cpu.memory import GiveBack
 from astracli.models import registry
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
@@ -46,11 +47,14 @@ from astracli.training.lora import merged_into
 from astracli.training.optimizer import NotFinite
 from astracli.training.setup import build_trainer
 from astracli.training.time_sharing import TimeSharing
+from astracli.training.warm_up import warm_up
 from astracli.weights.publish.publisher import Publisher, PublishResult
 from astracli.weights.publish.snapshot import Shard
 
 ENCODE_THREADS = 8
 """Threads of a rank that compress what a GPU has coded."""
+GIVE_BACK_EVERY = 20
+"""Steps on a CPU between two times at which freed memory goes back to the system."""
 HISTORY_STEPS = 8
 """Whose figures the message of a run quotes that ends because of its numbers."""
 BATCH_WAIT_S = 5.0
@@ -77,7 +81,7 @@ def in_background(recipe: Recipe, device: str) -> bool:
 
 def _end_rank(error: BaseException) -> None:
     """End this rank, whose background failed: it has no hub to tell, and the other ranks would wait for its part."""
-    known = disk_full(error) or gpu_failed(error)
+    known = disk_failed(error) or gpu_failed(error)
     said = known.message if known else f"a version or a checkpoint was not written: {type(error).__name__}: {error}"
     print(f"error: {said}", file=sys.stderr, flush=True)
     os._exit(known.exit_code if known else 1)
@@ -92,6 +96,9 @@ class TrainLoop:
         self.reporter = reporter
         self.ranks = ranks
         self.step = 0
+        self._once = {"ranks_bytes_per_s": ranks.rate} if ranks.world_size > 1 else {}
+        """Figures of this process for the metrics of its first step."""
+        self.freed_memory = GiveBack(GIVE_BACK_EVERY) if config.device == "cpu" else None
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
@@ -172,6 +179,8 @@ class TrainLoop:
             self.hub.ack(self.step - 1, self.step, self.step)
         self.reporter.ready()
         self.reporter.progress(step=self.step)
+        if self.config.warm_up and self.step < self.recipe.train.steps:
+            self._once |= {"warm_up_s": warm_up(self.trainer, self.reporter.waiting)}
 
     def advance(self) -> bool:
         """Train one step. False when the run is asked to stop."""
@@ -189,7 +198,8 @@ class TrainLoop:
             raise RunFailed("\n  ".join([error.message, *names.recent(self._history)]), error.hint) from error
         except ValueError as error:
             raise RunFailed(str(error), "look at the rollout worker's log") from error
-        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s}
+        figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s, **self._once}
+        self._once = {}
         self._history.append((self.step, figures))
         step, version = self.step, self.step + 1
         if self.hub is not None:
@@ -201,6 +211,8 @@ class TrainLoop:
         self.step = version
         self._publish(step, figures, began)
         self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
+        if self.freed_memory is not None:
+            self.freed_memory.passed()
         return True
 
     def _settle(self) -> float:
@@ -285,7 +297,13 @@ class TrainLoop:
         if reply.batch is None:
             return None
         stats = step_figures.arrived(reply.batch, replays=bool(self.recipe.train.replay_ratio))
-        return [unpack_group(blob) for blob in reply.batch.groups], stats
+        try:
+            return [unpack_group(blob) for blob in reply.batch.groups], stats
+        except ValueError as error:
+            raise RunFailed(
+                f"a group of step {self.step} is damaged in hub.sqlite: {error}",
+                "start a new run from its weights: `astra train --from RUN_DIR`",
+            ) from None
 
     def _poll(self, hub: HubClient) -> Batch | None:
         """This step's batch; None on a stop."""

@@ -58,6 +58,9 @@ class LoraMasters(Masters):
         super().publish_to_parameters()
         self.adapters.merge()
 
+    def updated(self) -> None:
+        self.adapters.merge()
+
     def held(self) -> list[Tensor]:
         return [*super().held(), *self.adapters.on_device()]
 

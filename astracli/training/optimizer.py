@@ -2,15 +2,17 @@
 
 A parameter holds the value that the engine holds: its master rounded to the wire dtype. The master keeps what rounding
 loses; it receives the update, and after that the parameter is the rounded master again. So trainer and engine compute
-the same function. On a CPU the parameter is stored and computed with in fp32. On one GPU it is stored in the wire
-dtype, is what is published, and is the upper part of its master (`split_masters`). On several GPUs the parameters are
-the fp32 masters, and FSDP2 casts them to bf16 for computing.
+the same function. On a CPU the parameter is stored and computed with in fp32. On one GPU, and on several that divide
+only the optimizer, it is stored in the wire dtype, is what is published, and is the upper part of its master
+(`split_masters`). Where FSDP2 shards it over GPUs, the parameters are the fp32 masters, and are cast to bf16 for
+computing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from astracli.training.adam import Adam, learning_rate
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, local, start_of
 from astracli.training.gradients import Gradients
+from astracli.training.sharded_optimizer import Exchange, Parts
 from astracli.training.split_masters import SplitMasters
 from astracli.weights.publish.snapshot import Shard, copies
 
@@ -34,7 +37,8 @@ class NotFinite(RunFailed):
 
 
 class Masters:
-    """fp32 masters of the trained parameters and their AdamW state; this rank's shards when sharded."""
+    """fp32 masters of the trained parameters and their AdamW state; this rank's part of them (`sharded_optimizer`), or
+    its shards where FSDP2 shards the model."""
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class Masters:
         for name, parameter in every.items():
             parameter.requires_grad_(name in self.wire)
         self.parameters = {name: every[name] for name in self.wire}
+        self.parts = Parts(self.parameters, ranks)
         self.frozen = [parameter for name, parameter in every.items() if name not in self.wire]
         self.tied = tied_names(model, self.travels)
         self.rounded = ranks.stores_bf16 or ranks.precision == torch.float32
@@ -86,12 +91,15 @@ class Masters:
     def _master(self, name: str, parameter: nn.Parameter) -> Tensor:
         """The fp32 master. Where parameters are stored in bf16, this one is from here on. One after the other: the fp32
         originals never lie beside all of their masters."""
-        value = local(parameter.detach())
         if not self.rounded:
-            return value
+            return local(parameter.detach())
         if self.ranks.stores_bf16 and self.wire[name].dtype == "bfloat16":
-            return self.split_masters.take(name, parameter)
-        return value.clone()  # also of what travels in fp32: a version must not change while it is published
+            return self.split_masters.take(name, parameter, partial(self.parts.of, name))
+        return self._mine(name).clone()  # also of what travels in fp32: a version must not change while it is published
+
+    def _mine(self, name: str) -> Tensor:
+        """This rank's part of a parameter, sharing its storage."""
+        return self.parts.of(name, local(self.parameters[name].detach()))
 
     def factors(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """{HF name: A, scaled B}, fp32 copies on the CPU: what is merged into the weights; {} without adapters."""
@@ -116,12 +124,18 @@ class Masters:
 
     @torch.no_grad()
     def publish_to_parameters(self) -> None:
-        """parameter <- master rounded to the wire dtype. Nothing to do under mixed precision (they are one tensor), and
+        """Parameters <- masters, of all ranks, rounded to the wire dtype. A collective where the optimizer is
+        divided."""
+        with Exchange(self.parts, self.parameters) as exchange:
+            self._round(self.values)
+            exchange.begin(self.values)
+
+    def _round(self, names: Collection[str]) -> None:
+        """Parameter <- master rounded to the wire dtype. Nothing to do under mixed precision (they are one tensor), and
         for a split master (the parameter is a part of it)."""
-        if self.rounded:
-            for name, parameter in self.parameters.items():
-                if name not in self.split_masters:
-                    local(parameter).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
+        for name in names if self.rounded else ():
+            if name not in self.split_masters:
+                self._mine(name).copy_(self.values[name].to(DTYPES[self.wire[name].dtype]))
 
     @torch.no_grad()
     def update(self, step: int) -> float:
@@ -130,12 +144,8 @@ class Masters:
         Raises RunFailed when the norm is not finite.
         """
         assert not self.away
-        found = self.grads.found()
-        # Sharding averages all other gradients over ranks. Every micro-batch has every parameter in its graph, an empty
-        # one too, so this list is the same on all ranks.
-        self.ranks.average([gradient for name, gradient in found.items() if self.replicated(name)])
-        norm = math.sqrt(self.ranks.squares(found.values()))
-        gradients = {name: part for name, gradient in found.items() if (part := local(gradient)).numel()}
+        gradients, squares = self._reduced()
+        norm = math.sqrt(squares)
         if not math.isfinite(norm):
             raise NotFinite(
                 f"the gradient norm of step {step} is {norm}",
@@ -146,18 +156,46 @@ class Masters:
         for name, value in self.values.items():
             assert self.rounded or value.data_ptr() == local(self.parameters[name]).data_ptr(), name
         self.before_change()
-        self.adam.step(gradients, learning_rate(self.table, step))
+        with Exchange(self.parts, self.parameters) as exchange:
+
+            def updated(names: Collection[str]) -> None:
+                self._round(names)
+                exchange.begin(names)
+
+            self.adam.step(gradients, learning_rate(self.table, step), updated)
         self.grads.clear()
-        self.publish_to_parameters()
+        self.updated()
         return norm
+
+    def updated(self) -> None:
+        """Called when masters and parameters have been updated."""
+
+    def _reduced(self) -> tuple[dict[str, Tensor], float]:
+        """This rank's gradients of the loss of all ranks, and the sum of squares over all ranks.
+
+        FSDP has reduced what it shards. Every micro-batch has every parameter in its graph, an empty one too, so the
+        lists are the same on all ranks.
+        """
+        if self.ranks.divides_optimizer:
+            reduced = self.parts.reduce(self.grads)
+            parts = [gradient for name, gradient in reduced.items() if name in self.parts]
+            return reduced, self.ranks.squares((g for name, g in reduced.items() if name not in self.parts), parts)
+        found = self.grads.found()
+        self.ranks.reduce([gradient for name, gradient in found.items() if self.replicated(name)])
+        gradients = {name: part for name, gradient in found.items() if (part := local(gradient)).numel()}
+        return gradients, self.ranks.squares(found.values())
 
     def start(self, name: str) -> int:
         """Where this rank's part begins in the flattened parameter."""
+        if not self.ranks.wraps:
+            return self.parts.start(name)
         return start_of(self.every[name], self.ranks)
 
     def replicated(self, name: str) -> bool:
-        """Whether every rank holds this parameter whole (`fsdp.shard`, `exact`)."""
-        return self.ranks.mesh is not None and not hasattr(self.every[name], "placements")
+        """Whether every rank of several holds the whole master of this parameter."""
+        if self.ranks.divides_optimizer:
+            return name not in self.parts
+        return self.ranks.wraps and not hasattr(self.every[name], "placements")  # `fsdp.shard`, `exact`
 
     @property
     def away(self) -> bool:
@@ -211,10 +249,8 @@ class Masters:
         return result
 
     def sources(self) -> dict[str, Tensor]:
-        """What is published, by parameter name, in a dtype that rounds to the wire's."""
-        if not self.ranks.stores_bf16:
-            return self.values
-        return {name: self.parameters[name].detach() for name in self.values}
+        """What this rank publishes, by parameter name, in a dtype that rounds to the wire's."""
+        return {name: self._mine(name) for name in self.values} if self.ranks.stores_bf16 else self.values
 
     @torch.no_grad()
     def wire_full(self) -> dict[str, Tensor]:
@@ -223,7 +259,8 @@ class Masters:
 
         result: dict[str, Tensor] = {}
         for name, value in self.sources().items():
-            parameter, whole = self.every[name], value
+            parameter = self.every[name]
+            whole = parameter.detach() if name in self.parts else value  # its parts were exchanged
             if isinstance(parameter, DTensor):
                 shape, stride = parameter.shape, parameter.stride()
                 placed = DTensor.from_local(value, self.ranks.mesh, parameter.placements, shape=shape, stride=stride)

@@ -147,7 +147,7 @@ class _Loader:
         blocks = self.adapter.block_classes(model)
         policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
         recompute(policy, blocks, recomputed(self.recipe, split))
-        shard(policy, blocks, self.ranks, exact=exact)
+        shard(policy, blocks, self.ranks, exact=exact, sharding=self.ranks.sharding)
         return policy
 
     def reference(self) -> PolicyModel:

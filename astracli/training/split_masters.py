@@ -11,7 +11,7 @@ rest of 2^15 in one of two directions, which 16 bits cannot tell apart. It is mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,8 @@ def _kernels() -> Any:
 
 
 class SplitMasters:
-    """Masters by name. Their storage is empty except inside `whole`; parameter and `rest` together are the master."""
+    """Masters by name, each of a parameter or of a part of one. Their storage is empty except inside `whole`; parameter
+    and `rest` together are the master."""
 
     def __init__(self) -> None:
         self._masters: dict[str, Tensor] = {}
@@ -74,11 +75,13 @@ class SplitMasters:
         return (self._parameters[name].detach(), self._rests[name]) if name in self._masters else None
 
     @torch.no_grad()
-    def take(self, name: str, parameter: torch.nn.Parameter) -> Tensor:
-        """Store the parameter in bf16 from here on. Returns its master, whose storage is empty."""
-        master = parameter.detach().clone(memory_format=torch.contiguous_format)
-        parameter.data = torch.empty_like(master, dtype=torch.bfloat16)
-        self._masters[name], self._parameters[name] = master, parameter
+    def take(self, name: str, parameter: torch.nn.Parameter, part: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+        """Store the parameter in bf16 from here on. Returns the master of a part of it (of all of it), whose storage is
+        empty. `part`: that part of a tensor like the parameter, contiguous and sharing its storage."""
+        whole = parameter.detach()
+        master = part(whole).clone(memory_format=torch.contiguous_format)
+        parameter.data = whole.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        self._masters[name], self._parameters[name] = master, part(parameter.detach())
         self._rests[name] = torch.empty_like(master, dtype=torch.int16)
         self._leave([name])
         return master

@@ -1,9 +1,9 @@
 """One training step: a batch of groups in, an updated policy and the step's figures out.
 
 1. One pass without gradients over the batch of all ranks: log-ratios to the behaviour policy, and from them the
-   algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. It is left
-   out where it could say nothing new: one minibatch, nothing stale, not the first batch of the process, and an
-   algorithm whose limits do not come from log-ratios.
+   algorithm's limits (they hold for all minibatches), agreement with the engine, mean ratio, entropy, KL. The first
+   minibatch trains from the same weights, so what this pass computes of it and that one would compute again is done
+   once (`_plan_scoring`).
 2. For each minibatch: forward and backward of its micro-batches, one clipped AdamW update.
 
 When the engine disagrees, the run stops before an update is made from what it drew, at any step.
@@ -32,7 +32,7 @@ from astracli.training import objective, packing, parity
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
 from astracli.training.cpu_offload import CpuOffload
-from astracli.training.fsdp import Ranks, free_gathered
+from astracli.training.fsdp import Ranks, before_backward, free_gathered
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
 from astracli.training.parity import RowCheck
@@ -59,6 +59,8 @@ class Work:
     proximals: dict[int, Tensor] = field(default_factory=dict)
     """id of micro-batch -> log-probabilities [N] of the policy at the start of the step; empty without scoring."""
     limits: ClipLimits = field(init=False)
+    first_measured: bool = False
+    """The first minibatch is measured while it trains: it has not been scored."""
 
     @property
     def micros(self) -> list[MicroBatch]:
@@ -91,7 +93,8 @@ class Trainer:
         """Rows leak because the recipe says so: the checks measure and do not stop."""
         self._noise_allows = 0.0
         self.first_step = True
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        """id of micro-batch -> what its forward pass gave, with its graph."""
 
     def train(self, groups: Sequence[Group], step: int, version: int) -> StepResult:
         """Train on the step's batch; the policy holds weight `version` before and `version + 1` after.
@@ -109,20 +112,13 @@ class Trainer:
             self.row_check.require(metrics)
         timer.lap("check_s")
         stale_mean, stale_max = batch.staleness(version)
-        single_fresh = len(batch.minibatches) == 1 and stale_max == 0 and np.all(batch.versions == version)
         work = Work(batch, version, timer)
         self._score_reference(work)
-        # What is done only in a process's first step must not change what a resumed run computes.
-        always = self.recipe.launch.deterministic or self.algorithm.limits_from_ratios
-        score = always or not single_fresh or first
-        if score:
-            self._score(work)
-        else:  # the limits are the same for any batch
-            work.limits = self.algorithm.prepare(torch.zeros(0), torch.zeros(0), self.recipe.algorithm.own)
+        self._score(work, self._plan_scoring(work, first=first))
         timer.lap("score_s")
-        if score:
+        if not work.first_measured:
             self._require_agreement(work)
-        norms = [self._minibatch(work, index, step, measure=not score) for index in range(len(batch.minibatches))]
+        norms = [self._minibatch(work, index, step) for index in range(len(batch.minibatches))]
         metrics |= figures(self.recipe, self.ranks, batch, work.sums, len(norms), referenced=bool(work.references))
         metrics |= {
             "grad_norm": float(np.mean(norms)),
@@ -163,7 +159,8 @@ class Trainer:
             divide_rows=packing.micro_batches if self.packed else micro_batches,
         )
 
-    def _forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference."""
         return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
 
     # checks
@@ -190,6 +187,8 @@ class Trainer:
         tolerance = known["cuda" if self.bf16_engine else "cpu"]
         if self.bf16_engine and not own.within(max(tolerance, self._noise_allows)):
             rows = parity.spread(work.batch.rows, self.recipe.train.tokens_per_microbatch)
+            if self.ranks.wraps:
+                self._kept = {}  # under FSDP no other pass may come between a forward pass and its backward pass
             (work.sums.noise,) = self.ranks.max([self.row_check.logprob_noise(rows)])
             self._noise_allows = min(CEILING, TIMES_NOISE * work.sums.noise)
         own.require(asked or max(tolerance, self._noise_allows), work.version)
@@ -207,34 +206,49 @@ class Trainer:
         if reference is None:
             return
         with moved_in():
-            work.references = {id(micro): self._forward(reference, micro)[0] for micro in work.micros}
+            work.references = {id(micro): self.forward(reference, micro)[0] for micro in work.micros}
         free_gathered(reference)
 
+    def _plan_scoring(self, work: Work, *, first: bool) -> tuple[list[MicroBatch], set[int]]:
+        """(the micro-batches to score, in their order; ids of those whose graph is kept for the first update)
+
+        Where limits do not come from log-ratios, the first minibatch is measured in its own forward passes, except in
+        the first step of a process. Else its first micro-batch is scored last, with a graph that its backward pass
+        uses: no other pass comes between, so this needs no more memory. In deterministic mode every batch is scored
+        whole and in its order, and a resumed process does what one does that went on.
+        """
+        head, *others = work.batch.minibatches
+        if self.recipe.launch.deterministic:
+            alone = not self.ranks.wraps and self.ranks.device.type == "cpu"
+            return work.micros, {id(head[0])} if alone and len(head) == 1 else set()
+        later = [micro for minibatch in others for micro in minibatch]
+        if not self.algorithm.limits_from_ratios and not first:
+            work.first_measured = True
+            return later, set()
+        return [*later, *head[1:], head[0]], {id(head[0])}
+
     @torch.no_grad()
-    def _score(self, work: Work) -> None:
-        """Measure the whole batch, and take the algorithm's limits from it and from all other ranks' share."""
-        ratios, cap = [], self.recipe.algorithm.mismatch_cap
-        self._kept, reused = None, self._reused(work.batch)
-        for micro in work.micros:
-            with torch.set_grad_enabled(micro is reused):
-                logprob_N, entropy_N = self._forward(self.policy, micro)
-            if micro is reused:
-                self._kept = logprob_N, entropy_N
+    def _score(self, work: Work, chosen: tuple[list[MicroBatch], set[int]]) -> None:
+        """Measure these micro-batches, and take the algorithm's limits from them and from all other ranks' share."""
+        ratios, cap, (micros, kept) = (
+            [torch.zeros(0, device=self.ranks.device)],
+            self.recipe.algorithm.mismatch_cap,
+            chosen,
+        )
+        self._kept = {}
+        for micro in micros:
+            with torch.set_grad_enabled(id(micro) in kept):
+                logprob_N, entropy_N = self.forward(self.policy, micro)
+            if id(micro) in kept:
+                self._kept[id(micro)] = logprob_N, entropy_N
             work.proximals[id(micro)] = logprob_N.detach()
             ratios.append(objective.moved(self._measure(work, micro, logprob_N, entropy_N), micro, work.version, cap))
+        if work.first_measured:  # the limits are the same for any batch
+            work.limits = self.algorithm.prepare(torch.zeros(0), torch.zeros(0), self.recipe.algorithm.own)
+            return
         log_ratio_N = self.ranks.gather(torch.cat(ratios))
-        advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate([micro.advantage_N for micro in work.micros])))
+        advantage_N = self.ranks.gather(torch.from_numpy(np.concatenate([micro.advantage_N for micro in micros])))
         work.limits = self.algorithm.prepare(log_ratio_N, advantage_N, self.recipe.algorithm.own)
-
-    def _reused(self, batch: Batch) -> MicroBatch | None:
-        """The micro-batch whose scoring serves the first update too: the weights are the same, so one forward less.
-
-        Its graph lives while the rest is scored, so it must be all of the first minibatch, and memory plentiful: not on
-        a GPU, and not sharded, where a forward of another micro-batch may not come between forward and backward.
-        """
-        first = batch.minibatches[0]
-        alone = self.ranks.mesh is None and self.ranks.device.type == "cpu"
-        return first[0] if alone and len(first) == 1 else None
 
     @torch.no_grad()
     def _measure(self, work: Work, micro: MicroBatch, logprob_N: Tensor, entropy_N: Tensor) -> Tensor:
@@ -254,16 +268,18 @@ class Trainer:
 
     # pass 2
 
-    def _minibatch(self, work: Work, index: int, step: int, *, measure: bool) -> float:
+    def _minibatch(self, work: Work, index: int, step: int) -> float:
         """Forward, backward and update of one minibatch; returns the gradient norm before clipping.
 
-        `measure`: there was no pass without gradients, so this forward is what is measured and judged.
+        What was not scored is measured and judged here, before the update.
         """
+        measure = index == 0 and work.first_measured
         normaliser, table, sums = self.algorithm.normaliser, self.recipe.algorithm, work.sums
         divisor = objective.denominator(normaliser, work.batch, index, self.recipe)
-        for micro in work.batch.minibatches[index]:
-            kept, self._kept = self._kept, None
-            logprob_N, entropy_N = kept or self._forward(self.policy, micro)
+        micros = work.batch.minibatches[index]
+        for micro in micros:
+            kept = self._kept.pop(id(micro)) if id(micro) in self._kept else None
+            logprob_N, entropy_N = kept or self.forward(self.policy, micro)
             proximal_N, reference_N = work.proximals.get(id(micro)), work.references.get(id(micro))
             if measure:
                 self._measure(work, micro, logprob_N.detach(), entropy_N)
@@ -280,11 +296,12 @@ class Trainer:
                 if over_N is not None:
                     sums.add(name, over_N)
             work.timer.lap("forward_s")
-            # sharding averages gradients over ranks, the divisor already counts all of them
-            (loss * self.ranks.world_size).backward()
+            before_backward(self.policy, self.ranks, last=micro is micros[-1])
+            (loss * self.ranks.loss_factor).backward()
             work.timer.lap("backward_s")
         if measure:
             self._require_agreement(work)
+        free_gathered(self.policy)  # a check may have gathered weights that the update changes
         norm = self.masters.update(step)
         work.timer.lap("optimizer_s")
         return norm

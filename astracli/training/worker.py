@@ -13,7 +13,7 @@ def run(config: TrainerConfig, reporter: Reporter) -> None:
     settle_torch(config)
     from astracli.training import fsdp, loop
 
-    ranks = fsdp.join(config.device)
+    ranks = fsdp.join(config.device, sharding=config.split.sharding)
     loop.train(config, reporter, ranks)
     ranks.close()
 
@@ -24,10 +24,10 @@ def settle_torch(config: TrainerConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from astracli.kernels.cpu.memory import keep_freed_memory
+    from astracli.kernels.cpu.memory import bound_memory
 
     if config.device == "cpu":
-        keep_freed_memory()
+        bound_memory()
     elif config.gdn_backward == "torch":
         from astracli.kernels.gpu import fused
 

@@ -80,15 +80,15 @@ def limits_per_minibatch(trainer: Trainer) -> None:
     """Each minibatch is scored by the policy that is about to be updated."""
     update: Callable[..., float] = trainer._minibatch
 
-    def minibatch(work: Work, index: int, step: int, *, measure: bool) -> float:
+    def minibatch(work: Work, index: int, step: int) -> float:
         with torch.no_grad():
             ratios = [
-                trainer._forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
+                trainer.forward(trainer.policy, micro)[0] - torch.from_numpy(micro.logprob_N)
                 for micro in work.batch.minibatches[index]
             ]
         advantages = np.concatenate([micro.advantage_N for micro in work.batch.minibatches[index]])
         work.limits = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
-        return update(work, index, step, measure=measure)
+        return update(work, index, step)
 
     trainer._minibatch = minibatch  # type: ignore[assignment]
 

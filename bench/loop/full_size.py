@@ -47,6 +47,8 @@ from shared import (
     watched,
 )
 
+from loop import waterfall
+
 HERE = Path(__file__).resolve().parents[1]
 LAYOUTS = ("1+1", "shared", "1+2")
 PHASES = {
@@ -218,6 +220,8 @@ def main() -> None:
             sys.exit(1)
         seen = memory(run, watch)
         result = judge(args, run, time.monotonic() - begun) | {"memory": seen, "as_planned": as_planned(seen)}
+        fallen = waterfall.of_run(run, skip=args.skip)
+        result |= {name: fallen[name] for name in ("waterfall", "engines")}
     show(args, result)
     whole = code in (0, 130) and result["steps"] == args.steps
     sys.exit(0 if whole and not result["restarts"] and not result["resyncs"] and result["as_planned"] else 1)

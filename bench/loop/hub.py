@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from astracli.config.recipe_run import LaunchTable
 from astracli.hub.api import build_app
 from astracli.hub.client import HubClient
 from astracli.hub.store import HubStore
-from astracli.hub.types import HubSettings, Lease
+from astracli.hub.types import HISTORY, HubSettings, Lease
 from astracli.process.ports import bind
 from astracli.process.server import ServerThread
 from astracli.rl.types import Group, Sample, Segment, unpack_group
@@ -117,7 +116,7 @@ def play(url: str, first: int, batches: int, folder: Path) -> tuple[dict[str, li
 
 def main() -> None:
     args = options(__doc__, samples=1_000_000, batches=100, keep_all=False).parse_args()
-    history = 10**9 if args.keep_all else LaunchTable().hub_history_steps
+    history = 10**9 if args.keep_all else HISTORY
     with folder() as name:
         store = open_store(name / "hub.sqlite", history)
         first = fill(store, args.samples)

@@ -10,17 +10,14 @@ is broken. About 10 s a kill.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 from shared import ASTRA, RECIPE, command, folder, options, records, show, trained
 
+from loop.books import acked, check_files, check_hub
+
 CHILDREN = ("engine0", "rollout", "trainer", "eval", "supervisor")
 EVERY = 5
-STALENESS = 2
+ITEMS = {"arithmetic-heldout": 256}
 SMALL = [
-    "train.steps=100000", "train.batch_groups=4", "train.minibatches=1", f"train.max_staleness={STALENESS}",
+    "train.steps=100000", "train.batch_groups=4", "train.minibatches=1", "train.max_staleness=2",
     'train.schedule="constant"', "rollout.group_size=4", "checkpoint.every=2", f"eval.every={EVERY}", "eval.samples=1",
     "eval.pass_k=1",
 ]  # fmt: skip
@@ -48,16 +47,25 @@ LAST_STEPS = 6
 class Attempt:
     """One `astra train` in `run`: a new run, or the resume of what is there."""
 
-    def __init__(self, run: Path, sets: Sequence[str], *, resume: bool, recipe: str = RECIPE):
+    def __init__(
+        self, run: Path, sets: Sequence[str], *, resume: bool, recipe: str = RECIPE, before: Sequence[str] = (),
+        env: Mapping[str, str] | None = None, folder: Path | None = None, module: str = "astracli",
+    ):  # fmt: skip
+        """`before`: a command in front, which becomes `astra` (`taskset -c 0`). `env`: beside this process's. `folder`:
+        where it is started, else that of the run. `module`: what is `astra`."""
         self.run = run
+        folder = folder or run.parent
         words = command("train", run, sets, recipe)
         if resume:
             words = [*ASTRA, "train", "--resume", str(run), *words[words.index(str(run)) + 1 :]]
-        self._console = run.parent / f"{run.name}.log"
-        self._console.write_text("")
+        words = [module if word == "astracli" else word for word in words]
+        self.log = folder / f"{run.name}.log"
+        self.log.write_text("")
         self._before = len(records(run))
         self.began = time.monotonic()
-        self.supervisor = shared.start(words, run.parent, self._console, apart=True)
+        self.supervisor = shared.start(
+            [*before, *words], folder, self.log, env={**os.environ, **(env or {})}, apart=True
+        )
 
     @property
     def seconds(self) -> float:
@@ -76,7 +84,7 @@ class Attempt:
         while self.supervisor.poll() is None and self.seconds < timeout_s:
             if ready():
                 return True
-            time.sleep(0.02)
+            time.sleep(0.04)
         return False
 
     def kill(self, name: str) -> bool:
@@ -92,12 +100,11 @@ class Attempt:
 
     def child(self, name: str) -> psutil.Process | None:
         """The child whose config file is RUN/config/NAME.json."""
-        try:
+        with suppress(psutil.Error):
             for process in psutil.Process(self.supervisor.pid).children():
-                if str(self.run / "config" / f"{name}.json") in process.cmdline():
-                    return process
-        except psutil.Error:
-            pass
+                with suppress(psutil.Error):  # one that has just ended
+                    if str(self.run / "config" / f"{name}.json") in process.cmdline():
+                        return process
         return None
 
     def end(self, timeout_s: float = 150.0) -> tuple[int, str]:
@@ -107,19 +114,7 @@ class Attempt:
         except subprocess.TimeoutExpired:
             os.kill(self.supervisor.pid, signal.SIGKILL)
             code = self.supervisor.wait()
-        return code, self._console.read_text()
-
-
-def processes_of(run: Path) -> list[int]:
-    """Ids of processes that still run with a config of this run."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if any(str(run / "config") in word for word in process.cmdline()):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
+        return code, self.log.read_text()
 
 
 @dataclass
@@ -173,71 +168,13 @@ class Bench:
 
     def finish(self) -> int:
         """The last attempt, to its end. -> the run's steps."""
-        with sqlite3.connect(self.run / "hub.sqlite") as hub:
-            steps = int(hub.execute("SELECT COALESCE(MAX(step) + 1, 0) FROM batches").fetchone()[0]) + LAST_STEPS
+        steps = acked(self.run) + LAST_STEPS
         attempt = Attempt(self.run, [f"train.steps={steps}"], resume=True)
         self.attempts += 1
         code, console = attempt.end(300)
         if code:
             self.problems.append(f"the last attempt: exit {code}, {console[-1500:]}")
         return steps
-
-
-def check_hub(run: Path, steps: int) -> dict[str, list[object]]:
-    """Rule -> what breaks it."""
-    with sqlite3.connect(run / "hub.sqlite") as hub:
-        batches = hub.execute("SELECT step, lease_ids, acked, version FROM batches ORDER BY step").fetchall()
-        groups = hub.execute("SELECT lease_id, state, step, version FROM groups ORDER BY lease_id").fetchall()
-    trained = [lease for _, ids, _, _ in batches for lease in json.loads(ids)]
-    of_step = {lease: step for step, ids, _, _ in batches for lease in json.loads(ids)}
-    assigned = [group for group in groups if group[1] == "assigned"]
-    fates = ("assigned", "dropped", "expired", "skipped")
-    return {
-        "reached the last step": [len(batches)] if len(batches) != steps else [],
-        "no lease in two batches": [lease for lease, times in Counter(trained).items() if times > 1],
-        "every batch is of 4 groups": [step for step, ids, _, _ in batches if len(json.loads(ids)) != 4],
-        "every batch acknowledged once": [s for s, _, acked, v in batches if acked != 1 or v != s + 1],
-        "no lease id is missing": sorted(set(range(len(groups))) - {row[0] for row in groups}),
-        "every lease has one fate": [row for row in groups if row[1] not in fates],
-        "groups and batches agree": [g for g in groups if (g in assigned) != (g[0] in of_step)]
-        + [g for g in groups if g[2] != of_step.get(g[0])],
-        "no token too old or too new": [g for g in assigned if not g[2] - STALENESS <= g[3] <= g[2]],
-    }
-
-
-def check_files(run: Path, steps: int) -> dict[str, list[object]]:
-    """Rule -> what breaks it."""
-    due = [*range(0, steps, EVERY), steps]
-    rows = list(csv.DictReader((run / "eval" / "eval.csv").open()))
-    spans = [(int(row["due_step"]), int(row["step"]), row["benchmark"]) for row in rows]
-    found = Counter((step, name) for first, last, name in spans for step in due if first <= step <= last)
-    wanted = Counter((step, name) for step in due for name in ("arithmetic-heldout", "overall"))
-    torn = [p.name for p in (run / "eval" / "items").glob("*.jsonl") if len(p.read_text().splitlines()) != 256]
-    return {
-        "eval.csv: one row stands for every due step": sorted(((found - wanted) + (wanted - found)).items()),
-        "every evaluation has all its items": torn,
-        "no unfinished evaluation is left": [path.name for path in (run / "eval").glob("partial/*")],
-        "the last version's digests are the export's": wrong_digests(run, steps),
-        "nothing is left running": list(processes_of(run)),
-    }
-
-
-def wrong_digests(run: Path, version: int) -> list[object]:
-    """Tensors of the export that are not, bit for bit, what the last manifest says."""
-    import torch
-    from safetensors.torch import load_file
-
-    from astracli.weights.format.digest import digest_tensor, to_hex
-    from astracli.weights.format.manifest import MANIFEST, Manifest, read_stable, version_name
-
-    kind = next(iter(read_stable(run / "weights", version)["manifests"]))
-    manifest = Manifest.from_bytes((run / "weights" / version_name(version) / MANIFEST[kind]).read_bytes())
-    exported = load_file(run / "export" / "model.safetensors")
-    return [
-        entry.name
-        for entry in manifest.tensors
-        if to_hex(digest_tensor(exported[entry.name].to(getattr(torch, entry.dtype)).contiguous())) != entry.digest
-    ]
 
 
 def main() -> None:
@@ -256,7 +193,7 @@ def main() -> None:
             if len(bench.problems) > 3:
                 break
         steps = bench.finish()
-        rules = check_hub(bench.run, steps) | check_files(bench.run, steps) if not bench.problems else {}
+        rules = check_hub(bench.run, steps) | check_files(bench.run, steps, ITEMS) if not bench.problems else {}
     rows = [{"killed": name, **vars(tally)} for name, tally in sorted(bench.tallies.items())]
     kept = [{"rule": rule, "kept": not broken, "broken by": broken[:8]} for rule, broken in rules.items()]
     found = {"attempts": bench.attempts, "steps": steps, "seconds": time.monotonic() - began, "seed": args.seed}

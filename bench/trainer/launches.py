@@ -230,8 +230,8 @@ def micro_batches(
         with mock.patch.multiple(trainer.masters, **ends[0]), mock.patch.multiple(trainer, **ends[1]), count:
             timer = SimpleNamespace(lap=lambda phase: lap(phase) if phase != "optimizer_s" else None)
             work = Work(batch, 1, timer)  # type: ignore[arg-type]
-            work.limits = limits
-            trainer._minibatch(work, 0, 0, measure=measure)
+            work.limits, work.first_measured = limits, measure
+            trainer._minibatch(work, 0, 0)
     return count, phases
 
 

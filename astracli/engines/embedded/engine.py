@@ -24,11 +24,14 @@ from astracli.engines.embedded.weights import EngineWeights, Loader
 from astracli.engines.stops import StopStrings
 from astracli.errors import UserError
 from astracli.kernels.cpu import linear
+from astracli.kernels.cpu.memory import GiveBack
 from astracli.models.adapter import load_tokenizer
 from astracli.process.worker import Reporter
 from astracli.weights.receive import reading
 from astracli.weights.receive.watcher import StageWatcher
 
+GIVE_BACK_EVERY = 1024
+"""Decoding steps."""
 LONGEST_ID = 256
 """Characters of a request id."""
 _SAMPLING_KEYS = frozenset(
@@ -77,6 +80,7 @@ class EmbeddedEngine:
         self._eos = _eos_ids(model)
         self._vocab = int(model.get_input_embeddings().weight.shape[0])
         self._calls = 0
+        self.freed_memory = GiveBack(GIVE_BACK_EVERY) if device == "cpu" else None
 
     # -- requests
 
@@ -193,6 +197,8 @@ class EmbeddedEngine:
         try:
             while not reporter.stop_requested.is_set():
                 stepped = self.scheduler.run_once(wait_s=0.2)
+                if stepped and self.freed_memory is not None:
+                    self.freed_memory.passed()
                 now = None if stepped else self._idle_reason()
                 if now != reason:
                     reason = now

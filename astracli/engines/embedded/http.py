@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from astracli.engines.client import STAGED
 from astracli.engines.contract import GenResult, PauseMode
 from astracli.errors import UserError
+from astracli.process import intact
 from astracli.process.server import TokenGuard
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ async def _answers(
 
 async def _events(answers: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
     async for place, answer in answers:
-        yield f"data: {json.dumps(answer | {'index': place})}\n\n"
+        line = f"data: {json.dumps(answer | {'index': place})}"
+        yield f"id: {intact.digest(line.encode())}\n{line}\n\n"
     yield "data: [DONE]\n\n"
 
 

@@ -51,12 +51,12 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
     import torch
 
     from astracli.engines.embedded.engine import EmbeddedEngine
-    from astracli.kernels.cpu.memory import keep_freed_memory
+    from astracli.kernels.cpu.memory import bound_memory
     from astracli.models import registry
 
     torch.set_num_threads(config.threads)
     if config.device == "cpu":
-        keep_freed_memory()
+        bound_memory()
     adapter = registry.resolve(config.recipe, config.model_path)
     rollout = config.recipe.rollout
     return EmbeddedEngine(

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from astracli.errors import RunFailed
+from astracli.errors import RunFailed, disk_failed
 from astracli.weights import WeightCorrupt
 from astracli.weights.format.manifest import NONCE, version_name
 
@@ -124,6 +124,8 @@ class Downloader:
                 part.unlink(missing_ok=True)
                 raise
             except _PASSING as error:
+                if (failed := disk_failed(error)) is not None:
+                    raise failed from error
                 failures = 1 if _size(part) > have else failures + 1
                 if failures > self.retries:
                     raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error

@@ -1,0 +1,1 @@
+"""Faults made on purpose: a run, or an input, and what becomes of it."""

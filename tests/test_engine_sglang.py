@@ -252,7 +252,7 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     config = engine_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
     asked = {"context_length": 4096, "max_running_requests": 24}
-    own = SglangTable(chunked_prefill_size=2048, mem_fraction_static=0.55)
+    own = SglangTable(chunked_prefill_size=2048, mem_fraction_static=0.55, prefill_delay_ratio=0.05)
     rollout = config.recipe.rollout.model_copy(update={**asked, "sglang": own})
     recipe = config.recipe.model_copy(update={"rollout": rollout, "seed": 7})
     config = config.model_copy(update={"recipe": recipe, "mem_fraction_static": 0.55})
@@ -262,6 +262,7 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     assert {"--context-length=4096", "--chunked-prefill-size=2048", "--max-running-requests=24"} <= set(found)
     assert {"--mem-fraction-static=0.55", "--random-seed=7", f"--max-total-tokens={24 * 4096}"} <= set(found)
     assert not any(part.startswith(("--dp", "--data-parallel", "--tp")) for part in found)
+    assert {"--enable-prefill-delayer", "--prefill-delayer-queue-min-ratio=0.05"} <= set(found)
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
     planned = config.model_copy(update={"time_sharing": True, "mem_fraction_static": 0.31})

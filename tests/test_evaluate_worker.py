@@ -120,6 +120,8 @@ class Stand(BaseHTTPRequestHandler):
                 state["version"] = left[0]["version"]
             stop = not state["tasks"]
             self._answer({"evaluation": left[0] if left else None, "wait": "nothing", "stop": stop})
+        elif self.path == "/engine/slots":
+            self._answer({"limit": 1000, "shared": False})
         elif self.path == "/eval/engines":
             time.sleep(0.0 if body.get("have") is None else 0.2)
             self._answer({"engines": ["engine0"], "stop": False})

@@ -104,3 +104,38 @@ def test_time_is_weighted_by_the_share_of_slots_in_use() -> None:
     now[0] += 1.0
     assert use.seconds() == (11.0, 2.0, 3.0 * 2 / 4 + 5.0)
     assert (use.outstanding, use.sent) == (1, 0)
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["one call, answers as they come", "a call for each sample"])
+def test_rollouts_make_room_for_an_evaluation_and_take_the_slots_back(tmp_path: Path, foreign: bool) -> None:
+    world = World(tmp_path, ROOM | {"slots": SLOTS}, length=6, step_s=0.004, stage_dir=tmp_path if foreign else None)
+    seen: dict[str, int] = {}
+
+    async def scenario() -> None:
+        await until(lambda: world.engine.running >= SLOTS)
+        await until(lambda: world.store.slots("engine0", "eval", 100, 0).limit == SLOTS // 2)
+        seen["beside it"] = most = 0
+        for _ in range(40):
+            assert world.store.slots("engine0", "eval", 100, SLOTS // 2).limit == SLOTS // 2
+            most = max(most, world.engine.running)
+            await asyncio.sleep(0.01)
+        seen["beside it"] = most
+        world.store.slots("engine0", "eval", 0, 0)
+        await until(lambda: world.engine.running >= SLOTS)
+
+    try:
+        asyncio.run(world.play(scenario))
+    finally:
+        world.close()
+    # groups that are one call go out whole: of the last, all but one may wait in the engine
+    assert 0 < seen["beside it"] <= SLOTS // 2 + (0 if foreign else GROUP - 1)
+
+
+def test_what_a_request_spends_outside_the_engine_is_no_busy_slot() -> None:
+    """2 slots, 10 s, a request in one of them; the engine ended it after 4."""
+    now = [0.0]
+    use = SlotUse(2, lambda: now[0])
+    use.change(outstanding=1, sent=1)
+    now[0] = 10.0
+    use.change(outstanding=-1, sent=-1, late_s=6.0)
+    assert use.seconds() == (10.0, 0.0, 4.0 / 2) and (use.late_s, use.answers) == (6.0, 1)

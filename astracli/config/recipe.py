@@ -187,6 +187,9 @@ class EvalTable(Table):
     max_concurrency: Requests | Literal["auto"] = "auto"
     """Evaluation requests in flight at once on each engine; `auto`: as many as it decodes at once
     (`rollout.max_running_requests`)."""
+    slot_share: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Part of each engine's slots that an evaluation gets while rollouts could use all of them. It gets more when
+    rollouts have nothing to do, and less when it needs less."""
 
     def samples_of(self, benchmark: str, own: int) -> int:
         """Samples of each item of a benchmark, whose own number is `own`."""

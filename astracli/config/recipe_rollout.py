@@ -24,6 +24,7 @@ Requests = Annotated[int, Field(gt=0, le=65_536)]
 Tokens = Annotated[int, Field(gt=0, le=2**24)]
 RUNNING = 32
 """Sequences that an engine decodes at once where no memory was counted."""
+REFILL_PART, REFILL_FROM = 16, 64
 
 
 class RolloutTable(Table):
@@ -56,6 +57,10 @@ class RolloutTable(Table):
     running_ceiling: dict[str, PositiveInt] = Field(default={})
     """With `auto`: memory of a GPU in whole GiB -> most requests on a GPU with at most this memory. With `{ 48 = 32 }`,
     a GPU of 44 GiB runs at most 32 requests, and a GPU of 80 GiB as many as fit."""
+    refill_requests: Requests | Literal["auto"] = "auto"
+    """An engine gets new requests when this many of its slots are free, or after a quarter of a second. Taking up one
+    request stops decoding for nearly as long as taking up many. `auto`: a sixteenth of the slots where an engine has 64
+    or more, otherwise 1. It matters for engines whose client sends each request by itself."""
     max_dropped_batches: NonNegativeInt = 8
     """Groups in which all samples have the same reward are dropped. The run ends after this many batches (x
     `train.batch_groups` groups) were dropped in a row. 0: it never ends for this reason."""
@@ -82,6 +87,13 @@ class RolloutTable(Table):
     def running(self) -> int:
         """`max_running_requests`; before a plan has derived it, and on a CPU, `RUNNING`."""
         return RUNNING if self.max_running_requests == "auto" else self.max_running_requests
+
+    @property
+    def refill(self) -> int:
+        """`refill_requests`, at most the slots."""
+        if self.refill_requests == "auto":
+            return self.running // REFILL_PART if self.running >= REFILL_FROM else 1
+        return min(self.refill_requests, self.running)
 
     def ceiling(self, gpu_gib: float) -> tuple[int, int] | None:
         """(GiB, requests): the entry of `running_ceiling` for a GPU of so much memory; None when there is none."""

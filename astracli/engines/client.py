@@ -16,22 +16,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
+import orjson
 
 from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
+from astracli.engines.control import ControlThread
 from astracli.errors import RunFailed
 from astracli.process import intact
+from astracli.process.http import Http, HttpError, Reply
 
-if TYPE_CHECKING:
-    import httpx
-
+T = TypeVar("T")
 STAGED = "staged"
 """`load_format` of an update that applies what is staged beside the engine."""
 _MEMORY = {"tags": ["kv_cache", "weights"]}
@@ -42,39 +42,40 @@ CONTROL_S = 600.0
 
 
 class EngineClient:
-    """Talks to one engine. An error that trying again does not solve is a RunFailed with the engine's name and URL."""
+    """Talks to one engine. An error that trying again does not solve is a RunFailed with the engine's name and URL.
+
+    Requests that generate belong to the caller's event loop. Every other call has a thread, an event loop and
+    connections of its own (`control`), so that none of them waits behind thousands of answers.
+    """
+
+    single_requests = False
+    """`generate` makes a call of each request: nothing is gained by giving it several at once."""
 
     def __init__(self, url: str, token: str, *, name: str = "engine", not_serving_s: float = 120.0):
-        import httpx
-
         self.url = url.rstrip("/")
         self.name = name
         self.not_serving_s = not_serving_s
         """A 503 of `/generate` is retried this long."""
-        self._http: httpx.AsyncClient = httpx.AsyncClient(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=None,
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            event_hooks=intact.async_hooks(),
-        )
+        self._http = Http(self.url, token)
+        self._control_http = Http(self.url, token)
+        self._control = ControlThread()
 
     async def __aenter__(self) -> EngineClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        await self._http.close()
+        if self._control.begun:
+            await self._control.run(self._control_http.close())
+            self._control.close()
 
     # -- readiness
 
     async def health(self) -> bool:
         """Whether the engine is up with its model loaded. A refused connection is False, a wrong token raises."""
-        import httpx
-
         try:
-            reply = await self._http.get("/health_generate", timeout=30.0)
-        except httpx.TransportError:
+            reply = await self.control(self._control_http.request("GET", "/health_generate", timeout=30.0))
+        except (HttpError, TimeoutError):
             return False
         if reply.status_code == 401:
             raise self._failure("refused the run's token")
@@ -108,10 +109,13 @@ class EngineClient:
 
     async def _call_for(self, requests: Sequence[GenRequest]) -> list[GenResult]:
         """Every result in one answer."""
-        body = self.body(requests)
+        body = _encoded(self.body(requests))
         deadline = time.monotonic() + self.not_serving_s
         while True:
-            reply = await self._request("POST", "/generate", body, timeout=None)
+            try:
+                reply = await self._http.request("POST", "/generate", body, timeout=None)
+            except HttpError as error:
+                raise self._gone(error, "/generate") from None
             if reply.status_code != 503 or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_RETRY_S)
@@ -124,29 +128,27 @@ class EngineClient:
 
     async def _stream(self, requests: Sequence[GenRequest], ended: Ended) -> list[GenResult]:
         """One call whose results come as their requests end."""
-        import httpx
-
-        body = self.body(requests) | {"stream": True}
+        body = _encoded(self.body(requests) | {"stream": True})
         deadline = time.monotonic() + self.not_serving_s
         results: dict[int, GenResult] = {}
         while True:
             try:
-                async with self._http.stream("POST", "/generate", json=body, timeout=None) as reply:
-                    if reply.status_code == 200:
+                async with self._http.stream("POST", "/generate", body) as streamed:
+                    if streamed.status_code == 200:
                         said = None
-                        async for line in reply.aiter_lines():
-                            if line.startswith("id: "):
-                                said = line.removeprefix("id: ")
-                            if line.startswith("data: {"):
-                                if intact.damaged(line.encode(), said):
+                        async for line in streamed.lines():
+                            if line.startswith(b"id: "):
+                                said = line.removeprefix(b"id: ").decode()
+                            if line.startswith(b"data: {"):
+                                if intact.damaged(line, said):
                                     raise self._failure(f"answered /generate, but {intact.WORDS}")
-                                answer = json.loads(line[len("data: ") :])
+                                answer = _decoded(line[len(b"data: ") :])
                                 result = self._read(requests[answer["index"]], answer)
                                 results[answer["index"]] = result
                                 ended(answer["index"], result)
                         break
-                    await reply.aread()
-            except httpx.TransportError as error:
+                    reply = await streamed.read()
+            except HttpError as error:
                 raise self._gone(error, "/generate") from None
             if reply.status_code != 503 or time.monotonic() > deadline:
                 self._content(reply, "/generate")
@@ -157,13 +159,13 @@ class EngineClient:
 
     def body(self, requests: Sequence[GenRequest]) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "input_ids": [[int(token) for token in request.input_ids] for request in requests],
+            "input_ids": [list(request.input_ids) for request in requests],
             "sampling_params": [
                 {
                     "temperature": request.temperature,
                     "top_p": request.top_p,
                     "max_new_tokens": request.max_new_tokens,
-                    "stop_token_ids": [int(token) for token in request.stop_token_ids],
+                    "stop_token_ids": list(request.stop_token_ids),
                     "sampling_seed": request.seed,
                     **({"stop": list(request.stop.texts)} if request.stop is not None else {}),
                 }
@@ -181,7 +183,7 @@ class EngineClient:
         """A request's result. Raises RunFailed for an answer that holds no tokens of the model."""
         return _ended(request, _result(answer))
 
-    def _never_began(self, reply: httpx.Response) -> bool:
+    def _never_began(self, reply: Reply) -> bool:
         """Whether a call was refused because an abort met it before it was under way."""
         return False
 
@@ -212,6 +214,28 @@ class EngineClient:
         body = {"load_format": STAGED, "weight_version": str(version), "flush_cache": flush}
         return await self._update("/update_weights_from_tensor", body)
 
+    async def update(
+        self, version: int, mode: PauseMode, *, flush: bool, applied: Callable[[UpdateReply], None] | None = None
+    ) -> UpdateReply:
+        """Pause, apply what is staged, go on: one after the other, whatever the caller's event loop does meanwhile.
+
+        `pause_s` of the outcome is the time from the first call to the last answer. An engine that has failed to apply
+        stays paused. `applied` gets the answer before generation goes on, in the thread of `control`.
+        """
+
+        async def paused() -> UpdateReply:
+            begun = time.monotonic()
+            await self.pause(mode)
+            reply = await self.apply_staged(version, flush=flush)
+            if not reply.success:
+                return reply
+            if applied is not None:
+                applied(reply)
+            await self.resume()
+            return UpdateReply(True, reply.message, {**reply.outcome, "pause_s": time.monotonic() - begun})
+
+        return await self.control(paused())
+
     async def settle(self) -> None:
         """Wait until no read-back reads the weights: one may still run although nobody waits for it. Call it in a
         pause."""
@@ -227,22 +251,23 @@ class EngineClient:
 
     # -- transport
 
+    async def control(self, calls: Coroutine[Any, Any, T]) -> T:
+        """Run calls that generate nothing in the thread that is theirs; from there, at once."""
+        return await self._control.run(calls)
+
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         return self._content(await self._request(method, path, body, timeout=CONTROL_S), path)
 
-    async def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float | None
-    ) -> httpx.Response:
-        import httpx
-
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout: float) -> Reply:
+        content = None if body is None else _encoded(body)
         try:
-            return await self._http.request(method, path, json=body, timeout=timeout)
-        except httpx.TimeoutException:
+            return await self.control(self._control_http.request(method, path, content, timeout=timeout))
+        except TimeoutError:
             raise self._failure(f"did not answer {path} within {timeout:g} s") from None
-        except httpx.TransportError as error:
+        except HttpError as error:
             raise self._gone(error, path) from None
 
-    def _content(self, reply: httpx.Response, path: str) -> Any:
+    def _content(self, reply: Reply, path: str) -> Any:
         document = _json(reply)
         if reply.status_code == 200:
             return document
@@ -258,11 +283,24 @@ class EngineClient:
         return RunFailed(f"{self.name} at {self.url} {what}", hint)
 
 
-def _json(reply: httpx.Response) -> Any:
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)  # tokens may be numpy's integers
+
+
+def _decoded(content: bytes) -> Any:
+    """JSON, also with NaN and infinities, which `json.dumps` of an engine may write. Raises ValueError."""
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        return json.loads(content)
+
+
+def _json(reply: Reply) -> Any:
     """The body as JSON; a 200 that is empty, text or `null` (some control routes) becomes {"message": text}."""
-    document = None
-    with contextlib.suppress(ValueError):
-        document = reply.json()
+    try:
+        document = _decoded(reply.content)
+    except ValueError:
+        document = None
     return {"message": reply.text[:300]} if document is None and reply.status_code == 200 else document
 
 
@@ -292,4 +330,5 @@ def _result(answer: Mapping[str, Any]) -> GenResult:
         version=version,
         version_start=int(meta.get("weight_version_start", version)),
         rid=meta["id"],
+        engine_s=meta.get("e2e_latency"),
     )

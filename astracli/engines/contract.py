@@ -136,6 +136,8 @@ class GenResult:
     version_start: int
     """Weights in force at the first token; differs only for a request kept through an update."""
     rid: str
+    engine_s: float | None = None
+    """Seconds from its arrival at the engine to its end there, by the engine's clock; None where it does not say."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ PATIENCE_S = 900.0
 REFUSALS = 3
 """Failures of a call on engines that are healthy, after which the evaluation ends."""
 LONGEST_PAUSE_S = 2.0
+SLOTS_EVERY_S = 0.1
+"""How often it is asked how many of an engine's slots may be used."""
 
 
 class Members(Protocol):
@@ -36,6 +38,10 @@ class Members(Protocol):
 
     async def holders(self, known: Collection[str] | None) -> Collection[str]:
         """Names of the engines that can be asked. Waits until they are others than `known`; None: as it is now."""
+
+    async def slots(self, engine: str, wants: int, holds: int) -> int:
+        """Samples that may be at the engine at once from now on: rollouts use it, too. `wants`: as many as there are
+        for it; `holds`: as many as are there."""
 
     async def release(self, engine: str) -> None: ...
 
@@ -63,8 +69,12 @@ class Share:
     engine: EngineClient
     queue: deque[Call]
     """Where its next call comes from: all engines' queue, or its own when the split is fixed."""
+    most: int
+    """Samples that may be at the engine at once."""
     samples: int = 0
     """At the engine now."""
+    filling: bool = True
+    """It gets calls until it has as many as it may; then none before some have ended (`refill`)."""
     open_calls: int = 0
     """Sent, and not recorded or given back."""
     away: bool = False
@@ -84,16 +94,18 @@ async def evaluate(
     members: Members | None = None,
     *,
     max_concurrency: int = 64,
+    refill: int = 1,
     fixed: bool = False,
     on_progress: Callable[[BenchmarkWork], None] | None = None,
     on_waiting: Callable[[bool], None] | None = None,
 ) -> list[Result]:
-    """Every sample of every benchmark, at most `max_concurrency` at an engine at once.
+    """Every sample of every benchmark, at most `max_concurrency` at an engine at once, and no more than its slots that
+    `members` leave to it. `refill`: as many have to be missing before an engine that was full gets new ones.
 
     `on_progress` gets the first benchmark that is not done; `on_waiting`, whether nothing is under way because no
     engine can be asked. Raises RunFailed when another version answers, or a call finds no engine that answers it.
     """
-    spread = _Spread(works, engines, members, max_concurrency, fixed, on_progress, on_waiting)
+    spread = _Spread(works, engines, members, max_concurrency, refill, fixed, on_progress, on_waiting)
     try:
         await spread.run()
     except ExceptionGroup as failures:
@@ -109,6 +121,7 @@ class _Spread:
     """None: without a run, every engine can always be asked."""
     _most: int
     """Samples at an engine at once."""
+    _refill: int
     _fixed: bool
     _on_progress: Callable[[BenchmarkWork], None] | None
     _on_waiting: Callable[[bool], None] | None
@@ -121,7 +134,11 @@ class _Spread:
         self._begun: set[str] = set()
         calls = [Call(work, units) for work in self._works for units in work.calls]
         common = deque(() if self._fixed else calls)
-        self._shares = [Share(name, engine, deque() if self._fixed else common) for name, engine in engines.items()]
+        shared = self._members is not None and not self._fixed
+        self._shares = [
+            Share(name, engine, deque() if self._fixed else common, 0 if shared else self._most)
+            for name, engine in engines.items()
+        ]
         for call, share in zip(calls if self._fixed else (), itertools.cycle(self._shares), strict=False):
             share.queue.append(call)
 
@@ -130,6 +147,8 @@ class _Spread:
         async with asyncio.TaskGroup() as self._tasks:
             if self._members is not None:
                 self._beside(self._watch(self._members))
+                for share in self._shares if not self._fixed else ():
+                    self._beside(self._keep_to_slots(share, self._members))
             while any(work.done < work.total for work in self._works):
                 self._deal()
                 self._release([share for share in self._shares if not share.queue and not share.open_calls])
@@ -159,6 +178,14 @@ class _Spread:
             known = self._present = await members.holders(known)
             self._changed.set()
 
+    async def _keep_to_slots(self, share: Share, members: Members) -> None:
+        while not share.released:
+            there = share.name in self._present and not share.away
+            waiting = sum(len(call.units) for call in itertools.islice(share.queue, self._most)) if there else 0
+            share.most = min(self._most, await members.slots(share.name, share.samples + waiting, share.samples))
+            self._changed.set()
+            await asyncio.sleep(SLOTS_EVERY_S)
+
     def _deal(self) -> None:
         """Send calls while an engine has room: to the one with the fewest samples, of equals to the first."""
         while able := [share for share in self._shares if self._has_room(share)]:
@@ -174,8 +201,14 @@ class _Spread:
     def _has_room(self, share: Share) -> bool:
         if not share.queue or share.away or share.released or share.name not in self._present:
             return False
-        most = 0 if self._fixed else self._most - len(share.queue[0].units)
-        return not share.samples or share.samples <= most
+        if self._fixed or not share.samples:
+            return not share.samples and share.most > 0
+        room = share.most - share.samples
+        if room < len(share.queue[0].units):
+            share.filling = False
+        elif room >= min(self._refill, share.most, len(share.queue)):
+            share.filling = True
+        return share.filling
 
     async def _ask(self, share: Share, call: Call) -> None:
         failure: RunFailed | None = None

@@ -43,7 +43,7 @@ from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
 from astracli.evaluation.episodes import EpisodeWork
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
-from astracli.hub.types import Evaluation, Holders, NextEvaluation
+from astracli.hub.types import Evaluation, Holders, NextEvaluation, SlotLimit
 from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.atomic import write_atomic
@@ -100,6 +100,7 @@ class Evaluator:
                 clients,
                 RunEngines(hub, of_run.step, of_run.version) if of_run is not None else None,
                 max_concurrency=self.config.recipe.evaluation_requests,
+                refill=self.config.recipe.rollout.refill,
                 fixed=whole,
                 on_progress=self._tell,
                 on_waiting=lambda waits: self.reporter.waiting(
@@ -169,7 +170,12 @@ class RunEngines:
             if reply.stop:  # answered at once, for as long as this process has not ended
                 await asyncio.sleep(STOP_PAUSE_S)
 
+    async def slots(self, engine: str, wants: int, holds: int) -> int:
+        reply: SlotLimit = await self.hub.slots(engine, "eval", wants, holds)
+        return reply.limit
+
     async def release(self, engine: str) -> None:
+        await self.slots(engine, 0, 0)
         await self.hub.eval_release(self.step, self.version, engine)
 
 

@@ -169,6 +169,7 @@ def build_app(
         "/ack": store.ack,
         "/announce": store.announce,
         "/engine/target": hub.target,
+        "/engine/slots": store.slots,
         "/engine/state": store.engine_state,
         "/gpu_lease/take": hub.take_gpu_lease,
         "/gpu_lease/give": store.give_gpu_lease,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 import time
 import uuid
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from astracli.errors import RunFailed
+from astracli.hub.slot_shares import User
 from astracli.hub.types import (
     EngineState,
     GpuLeaseReply,
@@ -28,10 +30,12 @@ from astracli.hub.types import (
     NextBatch,
     NextEvaluation,
     PutStatus,
+    SlotLimit,
     Target,
 )
 from astracli.hub.wire import MAX_WAIT_S, plain_json, unpack_answer
 from astracli.process import intact
+from astracli.process.http import Http, HttpError, Reply
 from astracli.process.patience import GONE_S, Patience
 from astracli.rl.types import Group, pack_group
 
@@ -100,6 +104,10 @@ class _Calls:
         who wants the engine's GPU."""
         return self._post("/engine/target", Target, engine=engine, have=have, pinned=pinned, wait_s=wait_s)
 
+    def slots(self, engine: str, user: User, wants: int, holds: int) -> Any:
+        """-> SlotLimit"""
+        return self._post("/engine/slots", SlotLimit, engine=engine, user=user, wants=wants, holds=holds)
+
     def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> Any:
         """-> GpuLeaseReply; waits up to `wait_s`, and keeps its place in the queue between two calls."""
         return self._post("/gpu_lease/take", GpuLeaseReply, gpu_lease=gpu_lease, who=who, wait_s=wait_s)
@@ -139,16 +147,15 @@ def _settings(url: str, token: str) -> dict[str, Any]:
     return {"base_url": url, "headers": {"Authorization": f"Bearer {token}"}, "timeout": timeout, "trust_env": False}
 
 
-def _decode(call: _Call, response: httpx.Response) -> Any:
-    if response.status_code == 200:
-        media_type = response.headers.get("content-type", "")
-        return unpack_answer(call.kind, response.content, media_type, f"{call.method} {call.path}")
+def _decode(call: _Call, reply: Reply) -> Any:
+    if reply.status_code == 200:
+        return unpack_answer(call.kind, reply.content, reply.media_type, f"{call.method} {call.path}")
     try:
-        body = response.json()
+        body = json.loads(reply.content)
         message, hint = str(body["error"]), body.get("hint")
     except (ValueError, KeyError, TypeError):
-        message, hint = response.text[:200], None
-    raise RunFailed(f"the hub refused {call.method} {call.path} ({response.status_code}): {message}", hint)
+        message, hint = reply.text[:200], None
+    raise RunFailed(f"the hub refused {call.method} {call.path} ({reply.status_code}): {message}", hint)
 
 
 class _Patience:
@@ -183,16 +190,15 @@ class HubClient(_Calls):
         patience = _Patience(self._url)
         while True:
             try:
-                return _decode(
-                    call,
-                    self._large(call)
-                    if call.kind is NextBatch
-                    else self._http.request(call.method, call.path, content=call.content),
-                )
+                return _decode(call, self._large(call) if call.kind is NextBatch else self._small(call))
             except (httpx.TransportError, http.client.HTTPException, OSError) as error:
                 time.sleep(patience.next_pause(error))
 
-    def _large(self, call: _Call) -> httpx.Response:
+    def _small(self, call: _Call) -> Reply:
+        reply = self._http.request(call.method, call.path, content=call.content)
+        return Reply(reply.status_code, reply.content, reply.headers.get("content-type", ""))
+
+    def _large(self, call: _Call) -> Reply:
         """The same, for an answer of many megabytes: read in one piece, where httpx would take 64 kB at a time."""
         address = urlsplit(self._url)
         connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=READ_TIMEOUT_S)
@@ -203,8 +209,7 @@ class HubClient(_Calls):
             body = reply.read()
             if intact.REFUSED in reply.headers or intact.damaged(body, reply.headers.get(intact.HEADER)):
                 raise http.client.HTTPException(f"{call.method} {call.path} or its answer: {intact.WORDS}")
-            kind = reply.headers.get("content-type", "")
-            return httpx.Response(reply.status, headers={"content-type": kind}, content=body)
+            return Reply(reply.status, body, reply.headers.get("content-type", ""))
         finally:
             connection.close()
 
@@ -223,18 +228,19 @@ class AsyncHubClient(_Calls):
 
     def __init__(self, url: str, token: str):
         self._url = url
-        self._http = httpx.AsyncClient(**_settings(url, token), event_hooks=intact.async_hooks())
+        self._http = Http(url, token)
 
     async def _send(self, call: _Call) -> Any:
         patience = _Patience(self._url)
         while True:
             try:
-                return _decode(call, await self._http.request(call.method, call.path, content=call.content))
-            except httpx.TransportError as error:
+                reply = await self._http.request(call.method, call.path, call.content, timeout=READ_TIMEOUT_S)
+                return _decode(call, reply)
+            except (HttpError, TimeoutError) as error:
                 await asyncio.sleep(patience.next_pause(error))
 
     async def __aenter__(self) -> AsyncHubClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        await self._http.close()

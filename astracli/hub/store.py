@@ -19,6 +19,7 @@ from astracli.hub.evals import EvalBoard
 from astracli.hub.gpu_leases import GpuLeases
 from astracli.hub.leases import LeaseBook
 from astracli.hub.schema import Database
+from astracli.hub.slot_shares import SlotShares, User
 from astracli.hub.types import (
     BadRequest,
     Counts,
@@ -33,6 +34,7 @@ from astracli.hub.types import (
     NextEvaluation,
     NoSignal,
     PutStatus,
+    SlotLimit,
     Target,
 )
 from astracli.hub.wire import refuse_large
@@ -59,6 +61,7 @@ class HubStore:
         self._batches = BatchBook(self._db, settings)
         self._leases = LeaseBook(self._db, settings, curriculum, clock)
         self._gpu_leases = GpuLeases(settings.gpu_leases)
+        self._slots = SlotShares(settings.slots, settings.eval_slots, clock)
         self._listeners: list[Callable[[], None]] = []
         self.stop_requested = False
         self._wave_left = 0
@@ -256,6 +259,11 @@ class HubStore:
     def give_gpu_lease(self, gpu_lease: str, who: str) -> None:
         with self._changing():
             self._gpu_leases.give(gpu_lease, who)
+
+    def slots(self, engine: str, user: User, wants: int, holds: int) -> SlotLimit:
+        """See `SlotShares.limit`."""
+        with self._db.lock:
+            return self._slots.limit(engine, user, wants, holds)
 
     def engine_state(self, engine: str, version: int | None, state: EngineState) -> None:
         """An engine's report. Raises BadRequest for one that is ready without a version."""

@@ -34,6 +34,10 @@ class HubSettings:
     """0: no evaluation in the run."""
     engines: tuple[str, ...]
     """Those that serve evaluations, in the plan's order."""
+    slots: int = 0
+    """Requests that each engine decodes at once; 0: nobody asks for slots."""
+    eval_slots: float = 0.5
+    """Part of them that an evaluation gets while rollouts could use all."""
     deterministic: bool = False
     """Batches in the order of lease ids, leases in waves: nothing new is granted before every group of the wave before
     is in. Which groups are generated together, and so the last bits of their log-probabilities, then depends on nothing
@@ -148,6 +152,14 @@ class Target(_Answer):
     down: bool
     """The engine was lost, and has not been reported since."""
     stop: bool
+
+
+@dataclass(frozen=True)
+class SlotLimit(_Answer):
+    limit: int
+    """Slots of the engine that the asker may hold at once."""
+    shared: bool
+    """Another uses the engine, too: what is held and wanted is to be told again soon."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def _store(context: RunContext) -> HubStore:
         steps=recipe.train.steps if training else 1,
         eval_every=recipe.eval.every if training and recipe.eval.benchmarks else 0,
         engines=tuple(process.name for process in context.plan.processes if process.role is Role.ENGINE),
+        slots=0 if recipe.launch.deterministic else recipe.rollout.running,
+        eval_slots=recipe.eval.slot_share,
         deterministic=recipe.launch.deterministic,
         consume=recipe.train.consume,
         replay_ratio=recipe.train.replay_ratio if training else 0,

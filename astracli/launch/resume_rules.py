@@ -55,7 +55,7 @@ MAY: frozenset[str] = frozenset(
         "data.reward_concurrency", "data.reward_memory_gib", "data.max_reward_errors", "data.code.memory_gib",
         "data.code.file_mb", "data.code.processes",
         "rollout.max_new_tokens", "rollout.context_length", "rollout.max_running_requests", "rollout.running_ceiling.",
-        "rollout.max_dropped_batches", "rollout.env_timeout_s",
+        "rollout.max_dropped_batches", "rollout.env_timeout_s", "rollout.refill_requests",
         "env.tool_timeout_s", "env.tool_memory_gib", "env.tool_processes", "env.tool_concurrency",
         "train.", "weights.", "eval.", "checkpoint.", "resources.", "launch.", "metrics.",
     }
@@ -79,7 +79,7 @@ def _longest(key: str, entries: Collection[str]) -> str | None:
 def asks_anew(changes: Collection[str]) -> bool:
     """Whether answers of an evaluation that has not ended were drawn under other settings than these changed keys."""
     drawn = {"rollout.max_new_tokens", "rollout.context_length"}
-    how = {"eval.every", "eval.max_concurrency", "eval.pass_k"}
+    how = {"eval.every", "eval.max_concurrency", "eval.pass_k", "eval.slot_share"}
     return any(key in drawn or (key.startswith("eval.") and key not in how) for key in changes)
 
 

@@ -44,20 +44,6 @@ def hooks() -> dict[str, list[Any]]:
     return {"request": [_sign], "response": [answer]}
 
 
-def async_hooks() -> dict[str, list[Any]]:
-    """The same for an `httpx.AsyncClient`."""
-
-    async def request(asked: httpx.Request) -> None:
-        _sign(asked)
-
-    async def answer(response: httpx.Response) -> None:
-        if HEADER in response.headers or REFUSED in response.headers:
-            await response.aread()
-            _check(response)
-
-    return {"request": [request], "response": [answer]}
-
-
 def _sign(request: httpx.Request) -> None:
     request.headers[HEADER] = digest(request.content)
 

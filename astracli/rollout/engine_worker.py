@@ -31,7 +31,7 @@ import time
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from astracli.engines.contract import UNPROVEN, PauseMode, WeightReceiver, flushes
+from astracli.engines.contract import UNPROVEN, PauseMode, UpdateReply, WeightReceiver, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
@@ -228,9 +228,18 @@ class EngineWorker(RequestGate):
         if self.mode == "abort":
             self._shut(record)
             await self._drain()
-        begun = time.monotonic()
-        await self._call(self.engine.pause(self.mode))
-        update = await self._call(self.engine.apply_staged(target, flush=flushes(self.mode)))
+        proven = self._readback_done.is_set()
+
+        def applied(reply: UpdateReply) -> None:  # in another thread; what this loop hears next is after the update
+            if reply.outcome.get("readback"):  # it may be of weights that are not the trainer's
+                self._readback_done.clear()
+
+        try:
+            update = await self._call(self.engine.update(target, self.mode, flush=flushes(self.mode), applied=applied))
+        except EngineLost:
+            if proven:
+                self._readback_done.set()
+            raise
         if not update.success:
             self._serving = False
             self._shut(record)
@@ -241,15 +250,7 @@ class EngineWorker(RequestGate):
             await self._drain()
             raise RunFailed(f"version {target} was not applied: {update.message}")
         self._wrong = None
-        due = bool(update.outcome.get("readback"))
-        if due:  # what comes back from now on may be of weights that are not the trainer's
-            self._readback_done.clear()
-        try:
-            await self._call(self.engine.resume())
-        except EngineLost:
-            self._readback_done.set()
-            raise
-        record |= {"pause_s": time.monotonic() - begun, **update.seconds, "readback": due}
+        record |= {**update.seconds, "readback": bool(update.outcome.get("readback"))}
         if "changed" in update.outcome:
             record["changed"] = update.outcome["changed"]
 

@@ -7,6 +7,8 @@ closes the gate.
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
+from astracli.rollout.slot_gate import SlotGate
 from astracli.rollout.slot_use import SlotUse
 
 Heard = Callable[[int, GenResult, bool], None]
@@ -45,6 +48,7 @@ class RequestGate:
         self.tokens = 0
         """Tokens generated for this worker."""
         self.use = SlotUse()
+        self.slots = SlotGate(limit=sys.maxsize)
         self._readback_done = asyncio.Event()
         """Set unless a read-back is due: what comes back meanwhile waits for it."""
         self._readback_done.set()
@@ -60,21 +64,44 @@ class RequestGate:
     async def generate(self, requests: Sequence[GenRequest], heard: Heard | None = None) -> list[GenResult]:
         """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
 
-        `heard` is told of each request's end as it comes.
+        `heard` is told of each request's end as it comes. Without it all of them are one call, which waits for no slot.
         Raises EngineLost when the engine is gone, RunFailed when that happens again and again.
         """
+        if heard is None or not self.engine.single_requests:
+            return await self._ask(requests, heard)
+
+        async def one(place: int) -> GenResult:
+            await self.slots.take()
+            try:
+                (result,) = await self._ask([requests[place]], lambda _, *more: heard(place, *more))
+                return result
+            finally:
+                self.slots.free()
+
+        tasks = [asyncio.create_task(one(place)) for place in range(len(requests))]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            if not all(task.done() for task in tasks):
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, requests: Sequence[GenRequest], heard: Heard | None) -> list[GenResult]:
+        """One call to the engine."""
         await self.open.wait()
         version = self.version
         assert version is not None
         failed_readbacks = self._failed_readbacks
-        left = len(requests)
+        left, begun = len(requests), time.monotonic()
         self.use.change(sent=left)
         self._drained.clear()
 
         def one_ended(place: int, result: GenResult) -> None:
             nonlocal left
             left -= 1
-            self.use.change(sent=-1)
+            late_s = 0.0 if result.engine_s is None else max(0.0, time.monotonic() - begun - result.engine_s)
+            self.use.change(sent=-1, late_s=late_s)
             if heard is not None:
                 proven = self._readback_done.is_set() and self._failed_readbacks == failed_readbacks
                 heard(place, with_oldest(result), proven)
@@ -83,7 +110,12 @@ class RequestGate:
             return replace(result, version=min(version, result.version, result.version_start))
 
         try:
-            results = await self.engine.generate(requests, None if heard is None else one_ended)
+            if heard is None or len(requests) == 1:
+                results = await self.engine.generate(requests)
+                for place, result in enumerate(results):
+                    one_ended(place, result)
+            else:
+                results = await self.engine.generate(requests, one_ended)
         except RunFailed as error:
             self._lose(error)
             raise EngineLost(error.message, error.hint) from error
@@ -134,6 +166,8 @@ class RequestGate:
     def usage(self) -> dict[str, Any]:
         """What happened on this engine since the last call, for the metrics: since its last update."""
         now, (then, tokens) = self.use.seconds(), self._last_update
+        late_s, self.use.late_s = self.use.late_s / max(1, self.use.answers), 0.0
+        self.use.answers = 0
         self._last_update = (now, self.tokens)
         counts = dict(self._counts)
         self._counts = dict.fromkeys(self._counts, 0)
@@ -143,6 +177,7 @@ class RequestGate:
         rates = {
             "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,
             "slots_busy": (now.busy - then.busy) / interval_s,
+            "answer_late_s": late_s,
         }
         seconds = {"interval_s": now.all - then.all, "idle_s": now.idle - then.idle}
         return {"engine": self.name, **rates, **seconds, **counts}

@@ -14,7 +14,7 @@ class Seconds(NamedTuple):
     idle: float
     """Without a sample: the hub granted none."""
     busy: float
-    """Weighted by the share of slots that had a request of this worker."""
+    """Weighted by the share of slots in which the engine worked at a request of this worker."""
 
 
 class SlotUse:
@@ -29,21 +29,33 @@ class SlotUse:
         """Requests at the engine; those beyond its slots wait there."""
         self._clock = clock
         self._begun = self._then = clock()
+        self.late_s = 0.0
+        """How long requests have been under way outside the engine, all together: sending them, and from their end in
+        the engine until they were noticed here."""
+        self.answers = 0
         self._idle_s = self._busy_s = 0.0
 
-    def change(self, *, outstanding: int = 0, sent: int = 0) -> None:
-        """So many more, or fewer."""
-        _, self._idle_s, self._busy_s = self.seconds()
+    def change(self, *, outstanding: int = 0, sent: int = 0, late_s: float = 0.0) -> None:
+        """So many more, or fewer. `late_s`: how long a request that has ended was not in the engine, of the time that
+        it was counted in `sent`."""
+        seconds = self.seconds()
+        self._idle_s, self._busy_s = seconds.idle, seconds.busy - late_s / self.slots
         self._then = self._clock()
         self.outstanding += outstanding
         self.sent += sent
+        self.late_s += late_s
+        self.answers += max(0, -sent)
         assert self.outstanding >= 0 and self.sent >= 0
 
     def seconds(self) -> Seconds:
         now = self._clock()
         passed = now - self._then
         busy = min(self.sent, self.slots) / self.slots
-        return Seconds(now - self._begun, self._idle_s + passed * (not self.outstanding), self._busy_s + passed * busy)
+        return Seconds(
+            now - self._begun,
+            self._idle_s + passed * (not self.outstanding),
+            self._busy_s + passed * busy,
+        )
 
 
 class IdleWhile:

@@ -35,7 +35,7 @@ from astracli.envs.prompt_tokens import PromptTokens
 from astracli.envs.time_limit import LoopWatch
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
-from astracli.hub.types import Leases
+from astracli.hub.types import Leases, SlotLimit
 from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.config import RolloutConfig
@@ -47,9 +47,13 @@ from astracli.rollout.episodes import Failures, leaves, play
 from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
 from astracli.rollout.request_gate import EngineLost
+from astracli.rollout.slot_gate import SlotGate
 
 LEASE_WAIT_S = 2.0
 REPORT_S = 1.0
+ALONE_S = 1.0
+SHARED_S = 0.1
+"""How often the hub is asked for an engine's slots, while rollouts have it alone, and while an evaluation uses it."""
 RATE_WINDOW_S = 10.0
 UNFIT_PROMPTS = 10_000
 """Prompts of an endless source that are too long before one fits: then the run ends. Of others, an epoch."""
@@ -76,6 +80,7 @@ class Rollout:
         self._slots, self._group_size = rollout.running, rollout.group_size
         for worker in self.workers:
             worker.use.slots = self._slots
+            worker.slots = SlotGate(self._slots if config.recipe.launch.deterministic else 0, rollout.refill)
         self._held: set[int] = set()
         self._unfit = 0
         """Prompts that were too long."""
@@ -96,6 +101,8 @@ class Rollout:
                 parts: list[Coroutine[Any, Any, None]] = [self._renew(), self._report()]
                 for worker in self.workers:
                     parts += [self._follow(worker), self._feed(worker)]
+                    if not self.config.recipe.launch.deterministic:
+                        parts.append(self._share(worker))
                 for part in parts:
                     self._tasks.create_task(part)
                 await self._over.wait()
@@ -148,8 +155,20 @@ class Rollout:
         outstanding = worker.use.outstanding
         if self.config.recipe.launch.deterministic and outstanding:
             return 0
-        groups = math.ceil((self._slots - outstanding) / self._group_size)
+        groups = math.ceil((worker.slots.limit - outstanding) / self._group_size)
         return groups if self._writer is None else min(groups, self._writer.left - len(self._held))
+
+    async def _share(self, worker: EngineWorker) -> None:
+        """Keep to the engine's slots that the hub leaves to rollouts: an evaluation may use some."""
+        while True:
+            starved = self._waits.get(worker.name) is not None
+            # without a lease to be had: what there is, and room for the next one
+            wants = worker.use.outstanding + 2 * self._group_size if starved else self._slots
+            holds = max(worker.slots.taken, worker.use.sent)
+            reply: SlotLimit = await self.hub.slots(worker.name, "rollout", min(wants, self._slots), holds)
+            worker.slots.limit = min(reply.limit, self._slots)
+            worker.changed.set()
+            await asyncio.sleep(SHARED_S if reply.shared else ALONE_S)
 
     async def _renew(self) -> None:
         """Prolong what is held. A lease that was lost is finished all the same: the first arrival counts."""

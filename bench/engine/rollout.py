@@ -76,16 +76,17 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
 
 
 @contextmanager
-def hub(folder: Path) -> Iterator[tuple[HubStore, str]]:
-    """A hub that always grants: admission never says no."""
+def hub(folder: Path, metrics: Path | None = None, **more: Any) -> Iterator[tuple[HubStore, str]]:
+    """A hub that always grants: admission never says no. `metrics`: a file for what processes report; `more`: settings
+    of the hub."""
     settings = HubSettings(
         batch_groups=MANY, max_staleness=0, drop_equal_groups=False, lease_timeout_s=600.0, steps=MANY, eval_every=0,
-        engines=("engine0",),
+        engines=("engine0",), **more,
     )  # fmt: skip
     store = HubStore(folder / "hub.sqlite", settings)
     (folder / "weights").mkdir()
     app = build_app(
-        store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=None, on_status=lambda _: None
+        store, TOKEN, weights_app=weights_app(folder / "weights"), metrics_path=metrics, on_status=lambda _: None
     )
     server = ServerThread(app, ports.bind("127.0.0.1")).start()
     try:

@@ -13,7 +13,6 @@ after `--warm-s`, divided by the slots is the share.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import shutil
@@ -31,14 +30,11 @@ from urllib.error import HTTPError
 import numpy as np
 
 from astracli.config.recipe import Recipe
-from astracli.data.prompts import PromptSource
 from astracli.engines import registry as engines
 from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest, GenResult
-from astracli.models.adapter import load_tokenizer
 from astracli.process.config import EngineAddress, RolloutConfig
 from astracli.process.worker import Reporter
-from astracli.rewards.reward import GradePool, Rewards
 from astracli.rollout import worker as rollout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -140,8 +136,10 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
         return tailed(*words, **told)
 
     kind.client = client  # type: ignore[method-assign]
-    tokenizer, source = load_tokenizer(model), PromptSource(recipe.data, recipe.seed, None)
-    with engine(recipe, model, folder) as url, hub(folder) as (store, hub_url):
+    with (
+        engine(recipe, model, folder) as url,
+        hub(folder, folder / "metrics.jsonl", slots=args.slots) as (store, hub_url),
+    ):
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
         config = RolloutConfig(
             name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
@@ -156,11 +154,10 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
                 marks.append((time.monotonic(), sum(lengths)))
             store.request_stop()
 
-        pool = GradePool(rewards=Rewards.of(recipe.data))
-        with pool, Poll(url, args.poll_s) as poll:
+        with Poll(url, args.poll_s) as poll:
             clock = threading.Thread(target=keep_time)
             clock.start()
-            asyncio.run(rollout._main(config, Reporter(config), tokenizer, source, pool))
+            rollout.run(config, Reporter(config))
             clock.join()
     (begin, before), (end, after) = marks
     running, waiting = poll.mean(begin, end)

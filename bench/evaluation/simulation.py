@@ -198,6 +198,9 @@ class Members:
         )
         return list(reply.engines)
 
+    async def slots(self, engine: str, wants: int, holds: int) -> int:
+        return self.simulation.setting.recipe.rollout.running
+
     async def release(self, engine: str) -> None:
         self.simulation.store.eval_release(self.step, self.version, engine)
 

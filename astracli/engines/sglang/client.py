@@ -24,14 +24,12 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from astracli.engines.client import CONTROL_S, EngineClient
 from astracli.engines.contract import UNPROVEN, Ended, GenRequest, GenResult, UpdateReply
 from astracli.errors import RunFailed
-
-if TYPE_CHECKING:
-    import httpx
+from astracli.process.http import Reply
 
 STAGED_LOADER = "astracli.engines.sglang.loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
@@ -51,6 +49,9 @@ place. (`Req._check_vocab_boundary_finish`)"""
 class SglangClient(EngineClient):
     """`stage_dir`: where our weight loader leaves `result.json`."""
 
+    single_requests = True
+    """SGLang's stream repeats all tokens with every piece, and one answer for several requests waits for the last."""
+
     def __init__(self, url: str, token: str, *, name: str = "engine", stage_dir: Path):
         super().__init__(url, token, name=name)
         self._stage_dir = stage_dir
@@ -62,7 +63,7 @@ class SglangClient(EngineClient):
         await self._learn()  # now, so that no pause waits for it
 
     async def generate(self, requests: Sequence[GenRequest], ended: Ended | None = None) -> list[GenResult]:
-        """With `ended` one call for each request: SGLang's stream repeats all tokens with every piece."""
+        """With `ended` one call for each request."""
         if ended is None:
             return await super().generate(requests)
 
@@ -98,12 +99,15 @@ class SglangClient(EngineClient):
             )
         return super()._read(request, answer)
 
-    def _never_began(self, reply: httpx.Response) -> bool:
+    def _never_began(self, reply: Reply) -> bool:
         return reply.status_code == 400 and "was aborted" in reply.text
 
     async def apply_staged(self, version: int, *, flush: bool = True) -> UpdateReply:
         """SGLang answers success whatever our loader found; what it found stands in `result.json`. The weights bear the
         version's name only once that says so: a worker that dies in between leaves them unproven."""
+        return await self.control(self._apply(version, flush))
+
+    async def _apply(self, version: int, flush: bool) -> UpdateReply:
         result = self._stage_dir / "result.json"
         result.unlink(missing_ok=True)
         body = {"load_format": STAGED_LOADER, "weight_version": str(UNPROVEN), "flush_cache": flush}
@@ -127,7 +131,7 @@ class SglangClient(EngineClient):
     async def settle(self) -> None:
         """The server takes it for an update, so it wants begin and end around it as well. Unpaused, these would wait
         for all requests; whoever calls this is about to release memory, has drained the engine and paused it."""
-        update = await self._load({"load_format": SETTLE_LOADER, "flush_cache": False})
+        update = await self.control(self._load({"load_format": SETTLE_LOADER, "flush_cache": False}))
         if not update.success:
             raise self._failure(f"does not settle: {update.message}")
 

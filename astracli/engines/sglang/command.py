@@ -20,6 +20,9 @@ RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 """Environment of the server: where its ranks meet. By itself SGLang opens a TCP store of torch's for its one rank, and
 that listens on every interface whatever `--host` says."""
 
+PREFILL_DELAY_MS = 100.0
+"""Longest delay of a prefill by `rollout.sglang.prefill_delay_ratio`."""
+
 
 class Options:
     """The command line options that an installed SGLang knows, read from its source: releases rename them.
@@ -86,6 +89,12 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
         settings["linear_attn_backend"] = config.linear_attention
     if config.recipe.launch.deterministic:
         settings["enable_deterministic_inference"] = True
+    if ratio := own(config.recipe).prefill_delay_ratio:
+        if not options.has("prefill_delayer_queue_min_ratio"):
+            hint = "take SGLang 0.5.17 or later, or leave the key at 0"
+            raise RunFailed("this SGLang does not know `rollout.sglang.prefill_delay_ratio`", hint)
+        settings |= {"enable_prefill_delayer": True, "prefill_delayer_queue_min_ratio": ratio}
+        settings["prefill_delayer_max_delay_ms"] = PREFILL_DELAY_MS
     optional = {"disable_prefill_cuda_graph", "mm_feature_transport", "mamba_ssm_dtype"}
     settings["mm_feature_transport"] = "cpu"  # else a gigabyte of the GPU is kept for images
     result = ["--config", str(_secret(config))]

@@ -24,6 +24,10 @@ class SglangTable(Table):
     shares with a trainer (`resources.share_gpus`) it reserves at most what the trainer leaves."""
     chunked_prefill_size: PositiveInt = 8192
     """Tokens of one prefill chunk. It bounds the memory for the fp32 logits of a prefill."""
+    prefill_delay_ratio: float = Field(default=0.0, ge=0.0, le=0.5)
+    """SGLang's prefill delayer: it takes up new requests when this share of the number that runs is waiting, or after a
+    tenth of a second, and only when as many slots are free as its largest prefill filled. 0: at once. Requests already
+    come in bursts (`rollout.refill_requests`); the delayer keeps a burst together whose requests arrive one by one."""
 
 
 def own(recipe: Recipe) -> SglangTable:

@@ -73,7 +73,7 @@ def test_runs_status_is_a_page(astra: Astra, runs: Path) -> None:
         and page["began"].endswith(", 1 min 00 s")
     )
     assert page["step"].startswith("40 of 100 done, 2.00 s each (mean of the last ")
-    assert page["reward"] == "0.3 of all that arrived for step 3; 0.1 at first, mean of the last 3 steps 0.2"
+    assert page["reward"] == "0.3 of all that arrived for the newest step; 0.1 at first, mean of the last 3 steps 0.2"
     assert page["training"] == "learning rate 0.0001"
     assert page["evaluation"].startswith(
         "step 100: arithmetic-heldout avg@8 0.875 ± 0.010 pass@4 0.900; 0.375 at step 0"

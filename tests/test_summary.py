@@ -115,7 +115,7 @@ def test_summary_of_a_resumed_attempt_times_its_own_steps(tmp_path: Path) -> Non
     assert (found["steps"], found["steps_this_attempt"], found["training"]["tokens"]) == (4, 2, 2000)
     facts = dict(summary_rows(make_summary(tmp_path, first_step=2, attempt=3)))
     assert facts["wall time"].startswith("3 min 26 s in attempt 3: start-up 11 s, ")
-    assert facts["steps"] == "4 of 100, 2 in attempt 3, 2.00 s each, the trainer waited 25% of it"
+    assert facts["steps"] == "4 of 100, 2 in attempt 3, 2.00 s each (the first included), the trainer waited 25% of it"
     assert facts["tokens"] == "2,000 trained in attempt 3, 500 a second"
 
 
@@ -220,7 +220,7 @@ def test_summary_table(tmp_path: Path) -> None:
     assert "expected avg@n 0.360 0.870 +0.510" in lines
     assert "expected measured (two cores, 100 steps)" in lines
     assert "wall time 3 min 26 s: start-up 11 s, training 3 min 08 s, export 2 s, last evaluations 5 s" in lines
-    assert "steps 4 of 100, 2.00 s each, the trainer waited 25% of it" in lines
+    assert "steps 4 of 100, 2.00 s each (the first included), the trainer waited 25% of it" in lines
     assert "reward 0.300 -> 0.330, of all that arrived, first and last step" in lines
     parts = ", ".join(f"p{i} 0.000 -> 0.300" for i in range(8))
     assert f"parts of the reward: {parts}, and 1 more" in lines and "sources reward: sums 0.500 -> 0.500" in lines

@@ -91,8 +91,8 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
                 done += f", about {duration(pace * (status.steps - status.step))} left"
         rows.append(("step", done))
     if rewards := metrics.series(records, REWARD, "trainer"):
-        step, newest = rewards[-1]
-        words = f"{newest:.3g} of all that arrived for step {step}"
+        newest = rewards[-1][1]
+        words = f"{newest:.3g} of all that arrived for the newest step"
         if len(rewards) > 1:
             tail = [value for _, value in rewards[-LAST_STEPS:]]
             words += f"; {rewards[0][1]:.3g} at first, mean of the last {len(tail)} steps {metrics.mean(tail):.3g}"

@@ -256,7 +256,7 @@ def test_an_engine_may_say_nan(tmp_path: Path) -> None:
     async def ask(http: Http) -> None:
         from astracli.engines.contract import GenRequest
 
-        async with EngineClient(f"http://127.0.0.1:{http._port}", "secret") as client:
+        async with EngineClient(f"http://127.0.0.1:{http.port}", "secret") as client:
             (result,) = await client.generate([GenRequest([1, 2], 5)])
         assert result.tokens.tolist() == [5, 6] and result.logprobs[1] == -0.5 and result.logprobs[0] != 0
         assert result.engine_s == 1.5

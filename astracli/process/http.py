@@ -61,7 +61,7 @@ class Http:
 
     def __init__(self, url: str, token: str):
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+        self._host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
         self._path = parts.path.rstrip("/")
         self._head = f"host: {parts.netloc}\r\nauthorization: Bearer {token}\r\naccept: */*\r\n"
         self._idle: deque[_Connection] = deque()
@@ -131,7 +131,7 @@ class Http:
     async def _opened(self) -> _Connection:
         try:
             async with asyncio.timeout(CONNECT_S):
-                return _Connection(*await asyncio.open_connection(self._host, self._port, limit=LARGEST_LINE))
+                return _Connection(*await asyncio.open_connection(self._host, self.port, limit=LARGEST_LINE))
         except TimeoutError as error:
             raise ConnectTimeout(f"no connection within {CONNECT_S:g} s") from error
         except OSError as error:

@@ -182,17 +182,19 @@ def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path) 
         file.chmod(0o644)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "astracli" / "assets" / "tiny")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--smoothing", type=float, default=0.08)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+def arguments(doc: str | None, name: str, **defaults: float) -> argparse.Namespace:
+    """What a command line sets of a model that ships as assets/NAME; sets torch's threads."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "astracli" / "assets" / name)
+    for option, value in {**defaults, "seed": 0, "threads": 2}.items():
+        parser.add_argument(f"--{option}", type=type(value), default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__, "tiny", steps=600, rows=128, lr=2e-3, smoothing=0.08)
     tokenizer = build_tokenizer()
     model = warm_up(tokenizer, args)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from pathlib import Path
 
 import torch
-from make_tiny import EOS, PAD, build_config, build_tokenizer, save, smoothed_loss
+from make_tiny import EOS, PAD, arguments, build_config, build_tokenizer, save, smoothed_loss
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM
 
 from astracli.data import arithmetic
@@ -151,16 +150,7 @@ def score(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, *, tempera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "astracli" / "assets" / "tiny-tool")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--smoothing", type=float, default=0.06)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__, "tiny-tool", steps=700, rows=64, lr=3e-3, smoothing=0.06)
     tokenizer = build_tokenizer(CONTENT, CHAT_TEMPLATE)
     model = warm_up(tokenizer, args)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

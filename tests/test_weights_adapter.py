@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from staged_tools import FusedModel, first_weights, wait_for
 from test_weights_publisher import shards
-from transfer_tools import Server, Weights, copies, same, subscriber
+from transfer_tools import Server, Weights, copies, same, server, subscriber
 
 from astracli.adapters.generic import ADAPTER
 from astracli.engines.sglang import loader as sglang_loader
@@ -31,6 +30,8 @@ from astracli.weights.publish.publisher import Publisher
 from astracli.weights.receive import apply
 from astracli.weights.receive.decoder import DecoderProcess
 from astracli.weights.receive.subscriber import Subscriber, choose_route
+
+__all__ = ["server"]
 
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 RANK = 3
@@ -117,14 +118,6 @@ def publisher_of(tmp_path: Path, model: Path, **options: Any) -> Publisher:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return model_at(tmp_path / "model")
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "weights").mkdir()
-    found = Server(tmp_path / "weights")
-    yield found
-    found.stop()
 
 
 def receiver_of(server: Server, tmp_path: Path, model: Path) -> Subscriber:

@@ -1,9 +1,11 @@
-"""Write a file so that a reader, and whoever comes after a crash, finds the old one or the new one."""
+"""Write a file or a folder so that a reader, and whoever comes after a crash, finds no half of it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -30,3 +32,18 @@ def write_atomic(path: Path, content: str | bytes, mode: int = 0o644, *, sync: b
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which takes its place when the block ends; when that raises, `out` is as it was."""
+    working = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        yield working
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(working, out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)

@@ -7,14 +7,13 @@ are those of the language model as `AutoModelForCausalLM` loads it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from astracli.config.recipe import ModelTable
 from astracli.models.lora_targets import last_name
+from astracli.process.atomic import whole_folder
 from astracli.runs.run_dir import ORIGIN
 from astracli.training.lora import Adapters
 
@@ -46,10 +45,7 @@ def config(adapters: Adapters, model: ModelTable) -> dict[str, object]:
 
 def write(out: Path, adapters: Adapters, model: ModelTable, *, step: int) -> Path:
     """Write the adapter into the directory `out`, replacing what is there; `step`: the steps that it was trained."""
-    working = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
-    try:
+    with whole_folder(out) as working:
         tensors = {
             f"{PREFIX}{name}.weight": factor.detach().cpu().contiguous() for name, factor in adapters.factors.items()
         }
@@ -57,9 +53,4 @@ def write(out: Path, adapters: Adapters, model: ModelTable, *, step: int) -> Pat
         text = json.dumps(config(adapters, model), indent=2, sort_keys=True)
         (working / "adapter_config.json").write_text(text + "\n")
         (working / ORIGIN).write_text(json.dumps({"step": step, "layout": "adapter"}) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(working, out)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return out

@@ -9,7 +9,6 @@ renamed into it when whole.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from astracli.errors import RunFailed
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 from astracli.models.adapter_tools import is_buffer
+from astracli.process.atomic import whole_folder
 from astracli.runs.run_dir import ORIGIN
 
 SHARD_BYTES = 4 * 2**30
@@ -44,10 +44,7 @@ def export(
 
     Raises RunFailed naming tensors that the source does not hold, holds in another shape, or holds untrained.
     """
-    working = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
-    try:
+    with whole_folder(out) as working:
         if text_only:
             save_torch_state_dict(dict(tensors), working, max_shard_size=SHARD_BYTES)
             config = json.dumps(adapter.text_only_config(read_config(model_dir)), indent=2, sort_keys=True)
@@ -59,11 +56,6 @@ def export(
         if step is not None:
             origin = {"step": step, "layout": "text" if text_only else "source"}
             (working / ORIGIN).write_text(json.dumps(origin) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(working, out)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return out
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GROUP = "astra.envs"
 """Entry points: name -> subclass of `Env`."""
 BUILT_IN = "single_turn"
-SHIPPED = (BUILT_IN, "tools")
+SHIPPED = (BUILT_IN, "tools", "verifiers")
 HOW_TO_ADD = (
     f"your own is `pkg.module:Class`, or a package with an entry point in `{GROUP}` that names a subclass of "
     "`astracli.envs.contract.Env`"

@@ -19,8 +19,7 @@ from astracli.data.problems import Problems
 from astracli.data.prompts import Problem
 from astracli.envs import registry, verifiers_package
 from astracli.envs.attempt import Failure, attempt, score
-from astracli.envs.contract import Episode
-from astracli.envs.contract import EnvSetup
+from astracli.envs.contract import EnvSetup, Episode
 from astracli.envs.prompt_tokens import PromptTokens
 from astracli.errors import UserError
 from astracli.evaluation.episodes import whole

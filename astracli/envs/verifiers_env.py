@@ -1,4 +1,4 @@
-"""The environments of the `verifiers` package, as they are: they run a rollout, and a client of ours answers for the model.
+"""The environments of the `verifiers` package, as they are: they run a rollout, and a client of ours is the model.
 
     the package's rollout ──> PolicyClient: messages in ──> our episode: what is new, by the chat template
                           <── message: text, calls      <── policy: a turn, token in and token out
@@ -12,6 +12,7 @@ The package's rubric scores a group. Its weighted sum is the reward, its other f
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
@@ -76,7 +77,7 @@ class VerifiersEnv(Env):
         if not isinstance(place, int) or split not in package.SPLITS:
             raise UserError(
                 f"a row of the data has no `{package.ROW}`: it does not come from the environment `{self.name}`",
-                f"`python -m astracli.envs.verifiers_package {self.name} rows.jsonl`, then `--set data.source=rows.jsonl`",
+                f"`python -m astracli.envs.verifiers_package {self.name} F.jsonl`, then `--set data.source=F.jsonl`",
             )
         if split not in self._rows:
             self._rows[split] = package.dataset(self.theirs, split)
@@ -176,7 +177,7 @@ class Dialogue:
                 what = "leaves out" if place >= len(chat) else "writes anew"
                 raise NotContinued(
                     f"the environment `{env.name}` {what} message {place + 1} of its chat, of `{before['role']}`: what "
-                    "is trained must follow what it was drawn after, so only environments that add to their chat can run"
+                    "trains must follow what it was drawn after, so only environments that add to their chat can run"
                 )
         if len(chat) == len(known):
             raise NotContinued(f"the environment `{env.name}` asks for another turn and says nothing before it")
@@ -184,8 +185,8 @@ class Dialogue:
         return self.episode
 
     def _read(self, turn: Drawn) -> tuple[str, list[dict[str, str]]]:
-        """(text, calls of tools) of a turn. What was meant as a call and is none goes to the environment as a call whose
-        arguments cannot be read: it answers that as it answers every such call."""
+        """(text, calls of tools) of a turn. What was meant as a call and is none goes to the environment as a call
+        whose arguments cannot be read: it answers that as it answers every such call."""
         env = self.env
         text = env.text(turn.tokens)
         if not env.format_name or turn.finish != "stop":
@@ -210,10 +211,8 @@ class Dialogue:
         for name, text in call.arguments.items():
             found[name] = text
             if of.get(name, {}).get("type") != "string":
-                try:
+                with contextlib.suppress(ValueError):
                     found[name] = json.loads(text)
-                except ValueError:
-                    pass
         return found
 
 

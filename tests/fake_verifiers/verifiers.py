@@ -163,7 +163,7 @@ class ToolEnv(MultiTurnEnv):
     def __init__(self, tools: Any = (), max_turns: int = 10, **more: Any):
         super().__init__(max_turns=max_turns, **more)
         self._tools = {tool.__name__: tool for tool in tools}
-        kinds = {int: "integer", str: "string", "int": "integer", "str": "string"}
+        kinds = {"int": "integer", "str": "string"}
         self.tool_defs = [
             types.Tool(
                 name=tool.__name__,

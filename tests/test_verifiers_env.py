@@ -23,6 +23,7 @@ from astracli.envs.contract import EnvSetup, Episode
 from astracli.envs.prompt_tokens import PromptTokens
 from astracli.errors import UserError
 from astracli.evaluation.episodes import whole
+from astracli.launch import inputs
 from astracli.models.chat import ChatFormat
 
 if importlib.util.find_spec("verifiers") is None:
@@ -148,6 +149,17 @@ def test_what_cannot_work_is_refused_before_the_start(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="needs the package verifiers") as refused:
         made("vf_environments", "qwen2_5")
     assert "astracli[verifiers]" in str(refused.value.hint)
+
+
+def test_the_first_row_is_looked_at_before_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(registry, "_ask", lambda name, document: asked.append((name, json.loads(document))))
+    row = {verifiers_package.ROW: 0, verifiers_package.SPLIT: "train"}
+    first = Problem("0", "first?", "b", messages=({"role": "user", "content": "first?"},), row=row)
+    chosen = recipe(rollout={"env": "verifiers"})
+    inputs.check_envs(chosen, Path("model"), {"": first}, trains=True, evaluates=False)
+    ((name, document),) = asked
+    assert name == "verifiers" and document["row"] == row
 
 
 def test_its_rows_become_a_file_that_a_recipe_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,12 +64,14 @@ def validate(name: str) -> None:
         _ask(name, "")
 
 
-def check(name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]]) -> None:
+def check(
+    name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any] | None = None
+) -> None:
     """Raises UserError when an environment cannot work with a recipe, the checkpoint in `folder` and a problem that
-    asks with these turns: its own reasons, and those of its tools and of the chat template."""
+    asks with these turns, and comes from `row`: its own reasons, and those of its tools and of the chat template."""
     if name != BUILT_IN:
         document = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "messages": [*map(dict, messages)]}
-        _ask(name, json.dumps(document))
+        _ask(name, json.dumps(document | {"row": dict(row or {})}, default=str))
 
 
 def _ask(name: str, document: str) -> None:
@@ -99,7 +101,7 @@ def main() -> None:
     print(json.dumps(refusal))
 
 
-def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> None:
+def _try(kind: type[Env], recipe: Any, folder: str, messages: Any, row: Any) -> None:
     """Make an Env as a run does, and let it look at a problem."""
     from astracli.config.recipe import Recipe
     from astracli.data.prompts import Problem
@@ -114,7 +116,7 @@ def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> None:
     chosen, tokenizer = Recipe.model_validate(recipe), load_tokenizer(Path(folder))
     try:
         env = kind(EnvSetup(chosen, tokenizer, no_grader, PromptTokens(tokenizer, ChatFormat.of(chosen))))
-        env.check(Problem("0", str(messages[-1]["content"]), "", messages=tuple(messages)))
+        env.check(Problem("0", str(messages[-1]["content"]), "", messages=tuple(messages), row=row))
         env.close()
     except AstraError:
         raise

@@ -206,7 +206,7 @@ class Dialogue:
     def _typed(self, call: Call) -> dict[str, Any]:
         """Arguments that came as text, as what the tool's schema says they are."""
         functions = (schema["function"] for schema in self.env.schemas)
-        of = next((f["parameters"].get("properties", {}) for f in functions if f["name"] == call.name), {})
+        of: Any = next((f["parameters"].get("properties", {}) for f in functions if f["name"] == call.name), {})
         found: dict[str, Any] = {}
         for name, text in call.arguments.items():
             found[name] = text

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -57,6 +59,8 @@ def load(name: str, args: Mapping[str, Any]) -> Any:
     Raises UserError.
     """
     vf = package()
+    if os.getcwd() not in sys.path:  # as for an Env that a recipe names
+        sys.path.append(os.getcwd())
     with _signals_kept():
         try:
             made = imported(name, f"env.args.id = `{name}`", "pkg.mod:callable") if ":" in name else None

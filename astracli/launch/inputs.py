@@ -198,10 +198,10 @@ def check_envs(recipe: Recipe, folder: Path, first: Mapping[str, Problem], *, tr
     from astracli.data.turns import PromptFormat
 
     generated = PromptFormat.of(next(iter(recipe_data.sets(recipe.data).values()))).messages("1+1", {})
-    messages = next((problem.messages for problem in first.values()), generated)
+    messages, row = next(((problem.messages, problem.row) for problem in first.values()), (generated, {}))
     wanted = [recipe.rollout.env] * trains + [recipe.evaluation_env] * evaluates
     for name in dict.fromkeys(wanted):
-        envs.check(name, recipe, folder, messages)
+        envs.check(name, recipe, folder, messages, row)
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:

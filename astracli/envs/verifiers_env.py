@@ -88,6 +88,7 @@ class VerifiersEnv(Env):
 
     def check(self, problem: Problem) -> None:
         self.row(problem)
+        self.prompt(problem)
 
     async def run(self, problem: Problem, policy: Policy) -> Episode:
         row, dialogue = self.row(problem), Dialogue(self, policy)

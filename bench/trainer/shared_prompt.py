@@ -9,8 +9,8 @@ and Gated DeltaNet goes on from its state and its last inputs of the convolution
 `gradient` is |difference| / |gradient| over all parameters. Both sides use transformers' own kernels, since those of
 astra for a CPU take no state. Optimizer and publishing, which a step has besides, stay as they are.
 
-Shapes: `tiny` (the hybrid that ships, 1 M parameters), `small` (the hybrid of scripts/make_small.py, 20 M), `dense` (a
-Qwen2 as large as `small`).
+Shapes: `tiny` (the tiny hybrid of the adapter, 0.05 M parameters), `small` (the hybrid of scripts/make_small.py, 21 M),
+`dense` (a Qwen2 as large as `small`).
 """
 
 from __future__ import annotations

@@ -225,8 +225,10 @@ def check_envs(
     from astracli.launch import first_prompt
 
     messages = first_prompt.first_turns(recipe, first)
+    asked = first.get(next(iter(recipe_data.sets(recipe.data))))
+    row = {} if asked is None else asked.row
     wanted = [recipe.rollout.env] * trains + [recipe.evaluation_env] * evaluates
-    return {name: envs.check(name, recipe, folder, messages) for name in dict.fromkeys(wanted)}
+    return {name: envs.check(name, recipe, folder, messages, row) for name in dict.fromkeys(wanted)}
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:

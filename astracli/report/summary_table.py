@@ -119,8 +119,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if training["step_s_mean"] is not None:
         done += f", {summary['steps_this_attempt']}{attempt}" if attempt else ""
         done += f", {training['step_s_mean']:.2f} s each"
-        if training["wait_share"] is not None:
-            done += f" (the first included), the trainer waited {training['wait_share']:.0%} of it"
+        done += " (the first included)"
+        if training["wait_share"] is not None and not summary.get("bottleneck"):  # which says it without the first
+            done += f", the trainer waited {training['wait_share']:.0%} of it"
     if summary["steps_planned"] is not None:
         facts.append(("steps", done))
     if found := summary.get("bottleneck"):

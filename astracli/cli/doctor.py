@@ -69,7 +69,7 @@ def doctor(
     if loaded is not None and facts is None:
         from astracli.launch import inputs
 
-        start = inputs.findings(loaded, "train")
+        start = inputs.findings(loaded, loaded.command)
     report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
     show(report, out(json))
     raise typer.Exit(0 if report["ok"] else 1)

@@ -26,15 +26,19 @@ and is answered by a full payload too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from astracli.engines import registry as engines
 from astracli.engines.contract import UNPROVEN, PauseMode, UpdateReply, WeightReceiver, flushes
 from astracli.errors import RunFailed
 from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
+from astracli.process.config import RolloutConfig
+from astracli.process.worker import Reporter
 from astracli.rollout.request_gate import EngineLost, RequestGate
 from astracli.rollout.slot_use import IdleWhile
 
@@ -259,3 +263,43 @@ class EngineWorker(RequestGate):
         if record["gate_closed"] is None:
             record["gate_closed"] = time.monotonic()
         self.open.clear()
+
+
+async def engine_workers(
+    config: RolloutConfig, hub: AsyncHubClient, stack: contextlib.AsyncExitStack
+) -> list[EngineWorker]:
+    """A worker for each engine of a process; `stack` closes what they use."""
+    kind, recipe, workers = engines.get(config.engine), config.recipe, []
+    for entry in config.engines:
+        client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
+        engine = await stack.enter_async_context(client)
+        subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
+        stack.callback(subscriber.close)
+        workers.append(
+            EngineWorker(
+                entry.name,
+                engine,
+                hub,
+                subscriber,
+                process=config.name,
+                mode=recipe.weights.pause_mode,
+                ready_timeout_s=recipe.launch.ready_timeout_s,
+                time_sharing=entry.name in config.gpu_leases,
+            )
+        )
+    return workers
+
+
+async def only_update(config: RolloutConfig, reporter: Reporter) -> None:
+    """Keep the engines at the hub's target version until the hub says stop; generate nothing."""
+    async with contextlib.AsyncExitStack() as stack:
+        hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
+        workers = await engine_workers(config, hub, stack)
+        reporter.ready()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for worker in workers:
+                    tasks.create_task(worker.follow())
+        except ExceptionGroup as group:
+            failed = [error for error in group.exceptions if isinstance(error, RunFailed)]
+            raise (failed or list(group.exceptions))[0] from None

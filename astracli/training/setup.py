@@ -124,6 +124,11 @@ class _Loader:
     def packed(self) -> bool:
         return backend.packing(self.recipe, self.adapter, self.ranks.device.type)[0] == "packed"
 
+    @property
+    def temperature(self) -> float:
+        """Of the probabilities that are trained: those of the draws, in supervised training the model's own."""
+        return self.recipe.rollout.temperature if self.recipe.sft is None else 1.0
+
     def load(self) -> tuple[torch.nn.Module, dict[str, WireTensor], list[torch.nn.Parameter]]:
         """The model, how its tensors travel, and the parameters that the engine holds in fp32: the trainer must not
         round those either."""
@@ -145,7 +150,7 @@ class _Loader:
     def policy(self, model: torch.nn.Module, split: Split, exact: Collection[torch.nn.Parameter]) -> PolicyModel:
         """What is trained, on its device."""
         blocks = self.adapter.block_classes(model)
-        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        policy = PolicyModel(model, temperature=self.temperature)
         recompute(policy, blocks, recomputed(self.recipe, split))
         shard(policy, blocks, self.ranks, exact=exact, sharding=self.ranks.sharding)
         return policy
@@ -155,7 +160,7 @@ class _Loader:
         model, wire, exact = self.load()
         ranks, blocks = self.ranks, self.adapter.block_classes(model)
         as_published(model, wire, exact, ranks)
-        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        policy = PolicyModel(model, temperature=self.temperature)
         policy.requires_grad_(False)
         shard(policy, blocks, ranks, exact=exact)
         return policy

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from astracli.config.recipe import Recipe
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
-from astracli.rl.batch import Batch, MicroBatch, build_batch, micro_batches
+from astracli.rl.batch import Batch, MicroBatch, Row, arranged, build_batch, micro_batches
 from astracli.rl.losses import ClipLimits
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
@@ -106,10 +107,7 @@ class Trainer:
         timer = Timer(self.ranks.device)
         batch = self.divide(groups, step)
         timer.lap("batch_s")
-        first, self.first_step = self.first_step, False
-        metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
-        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
-            self.row_check.require(metrics)
+        metrics, first = self.check_rows(batch, step)
         timer.lap("check_s")
         stale_mean, stale_max = batch.staleness(version)
         work = Work(batch, version, timer)
@@ -149,21 +147,39 @@ class Trainer:
 
     def divide(self, groups: Sequence[Group], step: int) -> Batch:
         """This rank's minibatches and micro-batches of a step's groups."""
-        return build_batch(
-            groups,
-            self.recipe,
-            step=step,
-            pad_token=self.pad_token,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            divide_rows=packing.micro_batches if self.packed else micro_batches,
-        )
+        return build_batch(groups, self.recipe, step=step, **self._share)
 
-    def forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference."""
-        return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
+    def arrange(self, groups: Sequence[Group], rows: Sequence[Row], step: int) -> Batch:
+        """The same of rows that are made already."""
+        return arranged(list(groups), rows, self.recipe, step=step, **self._share)
+
+    @property
+    def _share(self) -> dict[str, Any]:
+        """How this rank gets its part of a batch."""
+        return {
+            "pad_token": self.pad_token,
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.world_size,
+            "divide_rows": packing.micro_batches if self.packed else micro_batches,
+        }
+
+    def forward(
+        self, policy: PolicyModel, micro: MicroBatch, target_N: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference. `target_N`: of these
+        tokens in the place of its own."""
+        return parity.logprobs(policy, self.adapter, micro, self.ranks.device, target_N)
 
     # checks
+
+    def check_rows(self, batch: Batch, step: int) -> tuple[dict[str, float], bool]:
+        """(figures of the check of rows, {} where none is due; whether this is the first step of the process). Raises
+        RunFailed when rows leak."""
+        first, self.first_step = self.first_step, False
+        metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
+        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
+            self.row_check.require(metrics)
+        return metrics, first
 
     def _check_rows(self, batch: Batch) -> dict[str, float]:
         """How far rows joined and rows alone differ. Raises RunFailed when they do, unless the recipe wants that."""

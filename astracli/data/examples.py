@@ -103,12 +103,12 @@ class ExampleTokens:
         question_field = self._question_fields[problem.source]
         answer = answer_of(problem, self._sft, question_field)
         messages = list(problem.messages)
-        own = len(_turns(problem.row, question_field)) if problem.row else 0
-        places = [
-            place
-            for place in range(max(0, len(messages) - own), len(messages))
-            if messages[place]["role"] == "assistant" and self._sft.loss_on == "all"
-        ]
+        own = _turns(problem.row, question_field) if self._sft.loss_on == "all" else []
+        # of the row's own turns the first may be a system turn, which stands before the recipe's examples, and the last
+        # is left out if it is the assistant's
+        count = sum(turn["role"] != "system" for turn in own[:1]) + len(own[1:])
+        count -= len(own) > 1 and own[-1]["role"] == "assistant"
+        places = [i for i in range(len(messages) - count, len(messages)) if messages[i]["role"] == "assistant"]
         turns = [*messages, {"role": "assistant", "content": answer}]
         places.append(len(messages))
         prompt = self._conversation.prompt(turns[: places[0]])

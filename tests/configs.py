@@ -34,7 +34,7 @@ def trainer(**fields: Any) -> TrainerConfig:
     own = dict(
         name="trainer", device="cpu", engines=(), attention="sdpa", gdn_backward="none", resume_step=None, start=0,
         initial=None, split=RESIDENT, shared=False, gpu_leases=(), leaves=False, host_bytes=0, warm_up=False,
-        data_paths={},
+        data_paths={}, teacher_path=None,
     )  # fmt: skip
     return _made(TrainerConfig, own, fields)
 

@@ -25,6 +25,7 @@ SHIPPED = sorted(
         *SMALL,
         "qwen3.5-tiny-m2po-full",
         TINY,
+        "tiny-sft",
         "tiny-tool-m2po-delta",
         *LORA,
         "llama3-8b-instruct-m2po-delta",
@@ -200,7 +201,7 @@ def test_later_overrides_win() -> None:
         (
             "algorithm.name=m3po",
             f'recipe `{TINY}`: `algorithm.name` = "m3po" is not allowed: there is no such algorithm',
-            "did you mean `m2po`? known: cispo, dapo, decoupled, dr_grpo, grpo, gspo, m2po, tis",
+            "did you mean `m2po`? known: cispo, dapo, decoupled, distill, dr_grpo, grpo, gspo, m2po, tis",
         ),
         (
             "algorithm.m2po.m2_treshold=0.01",

@@ -152,6 +152,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         gpu_leases=leases,
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
         warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
+        teacher_path=context.inputs.teacher,
         data_paths=dict(context.inputs.data) if plan.command == "sft" else {},
         host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )

@@ -22,7 +22,7 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
-from astracli.launch import example_inputs, lora_inputs, problem_files, recipe_changes
+from astracli.launch import example_inputs, lora_inputs, problem_files, recipe_changes, teacher_inputs
 from astracli.machine.findings import Check
 from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
@@ -48,6 +48,8 @@ class Inputs:
     """None: it is generated."""
     seconds: float = 0.0
     """Spent on fetching."""
+    teacher: Path | None = None
+    """The teacher that the algorithm asks for."""
 
 
 class Ledger:
@@ -131,6 +133,10 @@ def prepare(
     with ledger.check("examples"):
         if data and recipe.sft is not None and known and model is not None:
             example_inputs.check(recipe, model, paths)
+    teacher: Path | None = None
+    with ledger.check("teacher"):
+        if draws and model is not None:
+            teacher = teacher_inputs.checked(recipe, model)
     with ledger.check("environment"):
         if model is not None:
             check_envs(recipe, model, first, trains=draws, evaluates=bool(benchmarks))
@@ -146,7 +152,7 @@ def prepare(
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
     local = {name: Path(place) if place else None for name, place in places.items()}
-    return Inputs(model, left, local, time.monotonic() - began)
+    return Inputs(model, left, local, time.monotonic() - began, teacher)
 
 
 def check_setting(recipe: Recipe, ledger: Ledger) -> None:

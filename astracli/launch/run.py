@@ -15,7 +15,7 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import from_run, job, problem_files, random_weights, recipe_changes, resume_rules
+from astracli.launch import from_run, job, problem_files, random_weights, recipe_changes, resume_rules, teacher_inputs
 from astracli.launch.configs import RunContext
 from astracli.launch.from_run import Source
 from astracli.launch.inputs import Inputs, fetched, needs
@@ -54,7 +54,15 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
     template = template_of(local) if local is not None else None
     return build(
-        recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size, chat_template=template
+        recipe,
+        adapter,
+        choice,
+        facts,
+        command=command,
+        config=config,
+        checkpoint_bytes=size,
+        chat_template=template,
+        teacher=teacher_inputs.parameters(recipe) if command == "train" else 0,
     )
 
 

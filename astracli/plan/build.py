@@ -51,14 +51,15 @@ def build(
     config: Mapping[str, Any] | None = None,
     checkpoint_bytes: int | None = None,
     chat_template: str | None = None,
+    teacher: int = 0,
 ) -> LaunchPlan:
     """The plan of one command. `config`: the checkpoint's config.json; None when it is not on this machine, then the
     sizes of a model that the adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text,
-    None when it is not known."""
+    None when it is not known. `teacher`: parameters of the model that the algorithm asks for, 0 without one."""
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
     if shape is not None and known is not None:
-        shape = lora_targets.sized(shape, recipe.lora, adapter, known)
+        shape = replace(lora_targets.sized(shape, recipe.lora, adapter, known), teacher=teacher)
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
 
     def fit(other: Recipe) -> hints.Fit:

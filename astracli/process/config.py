@@ -132,6 +132,8 @@ class TrainerConfig(ProcessConfig):
     """One of them uses this rank's own GPU."""
     warm_up: bool
     """Made-up rows are computed before the first batch, so that kernels are compiled while the engines start."""
+    teacher_path: Path | None
+    """Checkpoint of the teacher that the algorithm asks for."""
     data_paths: dict[str, Path | None]
     """In supervised training, examples of each source by name; None: they are generated."""
     host_bytes: int

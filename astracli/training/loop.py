@@ -115,6 +115,7 @@ class TrainLoop:
             attention=config.attention,
             split=config.split,
             bf16_engine=config.device not in engines.get(config.engine).fp32_on,
+            teacher_dir=config.teacher_path,
         )
         self.checkpoints = config.run_dir / "checkpoints"
         self.saver = Saver(

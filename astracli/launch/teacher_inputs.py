@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
@@ -50,7 +52,7 @@ def parameters(recipe: Recipe) -> int:
     path = recipe.algorithm.teacher
     if path is None:
         return 0
-    config = None
+    config: Mapping[str, Any] | None = None
     if fetch.local_path(path, _key(recipe)) is not None or fetch.cached_config(path, None) is not None:
         config = fetch.fetch_config(path, None)
     for item in registry.installed():

@@ -301,5 +301,4 @@ async def only_update(config: RolloutConfig, reporter: Reporter) -> None:
                 for worker in workers:
                     tasks.create_task(worker.follow())
         except ExceptionGroup as group:
-            failed = [error for error in group.exceptions if isinstance(error, RunFailed)]
-            raise (failed or list(group.exceptions))[0] from None
+            raise next((one for one in group.exceptions if isinstance(one, RunFailed)), group.exceptions[0]) from None

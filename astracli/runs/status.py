@@ -42,6 +42,8 @@ class RunStatus:
     """Process -> what it waits for, or its state; a few seconds old."""
     command: str = "train"
     recipe: str = ""
+    typed: str = ""
+    """The command line that began this attempt, as a shell reads it; "" where Python code did."""
     boot: str | None = None
     ticks: int | None = None
     """With `boot` the start of process `pid` by a clock that nobody sets (`process/identity.py`)."""

@@ -270,7 +270,7 @@ class TrainLoop:
 
     def _acknowledge(self, step: int, figures: Mapping[str, float]) -> None:
         """The step's metrics; then the hub may forget what it was trained on."""
-        self._metrics(step, figures | self.saver.figures())
+        self._metrics(step, {**figures, **self.saver.figures()})
         if self.hub is not None:
             self.hub.ack(step, step + 1, self.saver.whole)
 

@@ -54,7 +54,8 @@ def test_shipped_names_and_descriptions() -> None:
 def test_shipped_recipes_load_under_their_own_name(name: str) -> None:
     recipe = recipe_io.load(name)
     assert recipe.name == name
-    assert recipe.weights.transfer == ("adapter" if name in LORA[1:] else name.rpartition("-")[2])
+    named = {name: "adapter" for name in LORA[1:]} | {"tiny-sft": "full"}
+    assert recipe.weights.transfer == named.get(name, name.rpartition("-")[2])
     assert (recipe.lora is not None) == (name in LORA)
     assert tomllib.loads(recipe_io.to_toml(recipe))["train"]["steps"] == recipe.train.steps
 

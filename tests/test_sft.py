@@ -226,12 +226,13 @@ def test_the_tokens_of_smoothed_labels_are_those_of_texts_and_the_end() -> None:
 
 SCRIPT = """
 import json, sys
+from pathlib import Path
 from test_sft import asking, made_up
 from training_tools import make_trainer
 from astracli.training import fsdp
 from astracli.training.supervised import Targets, train_on_examples
 ranks = fsdp.join("cpu")
-trainer = make_trainer(sys.argv[1], asking(train={"batch_groups": 7}), ranks)
+trainer = make_trainer(Path(sys.argv[1]), asking(train={"batch_groups": 7}), ranks)
 found = [train_on_examples(trainer, made_up(7, step), step, Targets(0.1, [5, 6], 0)).metrics for step in range(2)]
 print(json.dumps([[one[name] for name in ("loss", "grad_norm", "tokens", "entropy")] for one in found]))
 ranks.close()

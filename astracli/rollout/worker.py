@@ -42,7 +42,8 @@ from astracli.process.config import RolloutConfig
 from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import Rewards, open_pools
 from astracli.rl.types import Group
-from astracli.rollout.engine_worker import EngineWorker, engine_workers, only_update
+from astracli.rollout.engine_worker import EngineWorker
+from astracli.rollout.engine_workers import engine_workers, only_update
 from astracli.rollout.episodes import Failures, leaves, play
 from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
@@ -127,7 +128,7 @@ class Rollout:
     async def _feed(self, worker: EngineWorker) -> None:
         """Keep the engine's slots full, as far as the hub grants leases."""
         while True:
-            await worker.open.wait()
+            await worker.gate.wait()
             wanted = self._wanted(worker)
             if wanted <= 0:
                 worker.changed.clear()
@@ -278,7 +279,7 @@ class Rollout:
             await asyncio.sleep(REPORT_S)
 
     def _wait_reason(self) -> str | None:
-        closed = [worker.name for worker in self.workers if not worker.open.is_set()]
+        closed = [worker.name for worker in self.workers if not worker.gate.is_set()]
         if len(closed) == len(self.workers):
             return f"weights or readiness of {', '.join(closed)}"
         return next((reason for reason in self._waits.values() if reason), None)

@@ -136,6 +136,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if skipped := (summary.get("groups") or {}).get("skipped"):
         facts.append(("left out", left_out_words(skipped)))
     facts += reward_rows(training, attempt)
+    if (losses := training.get("loss")) and not training.get(f"{REWARD}_first"):
+        facts.append(("loss", f"{losses[0]:.4f} -> {losses[1]:.4f}, first and last step{attempt}"))
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))

@@ -190,8 +190,8 @@ class BatchBook:
         before it, so that either can be resumed from. A run that has no checkpoint and makes none cannot be resumed in
         the middle: nothing is kept but this step's groups, which the next one may train on again.
         """
-        if self._settings.own_batches and step == self.next_step:
-            self._fix(step, [], None)
+        while self._settings.own_batches and self.next_step <= step:
+            self._fix(self.next_step, [], None)
         with self._db.transaction() as sql:
             change = sql.execute("UPDATE batches SET acked = 1, version = ? WHERE step = ?", (version, step))
             if not change.rowcount:
@@ -261,7 +261,7 @@ class BatchBook:
 
     def check_rewind(self, step: int) -> None:
         """Raises RunFailed when a batch of `step` or later can no longer be served, or earlier ones are unknown."""
-        if step > self.next_step:
+        if step > self.next_step and not self._settings.own_batches:  # the trainer's own ones follow from the step
             raise RunFailed(
                 f"hub.sqlite is damaged or an old copy: it knows the batches of {count(self.next_step, 'step')}, the "
                 f"checkpoint has trained {step}",

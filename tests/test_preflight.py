@@ -169,6 +169,7 @@ def test_start_dry_run_and_doctor_say_the_same(checkpoint: Path, monkeypatch: py
         "data.reward": "maths",
         "data.source": "/no/rows.jsonl",
         "launch.host": "192.0.2.1",
+        "launch.network": "private",
         "metrics.sinks": '["wandbb"]',
         "eval.benchmarks": '["/no/benchmark.jsonl"]',
     }

@@ -23,7 +23,7 @@ from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first
 from astracli.process.config import Role
 from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.worker import Status
+from astracli.process.worker import LOST_EXIT, Status
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
@@ -75,6 +75,9 @@ class Supervisor:
         self._hub, self._hub_alive = hub, hub_alive
         self._main = {process.name for process in processes if process.plan.role is main_role}
         self._done: set[str] = set()
+        self._away: dict[str, Process] = {}
+        """Processes whose host has no agent now."""
+        self._engines_seen = time.monotonic()
         self._limits = limits
         self._hint, self._hopeless = hint, hopeless
         self._tick = tick
@@ -169,6 +172,7 @@ class Supervisor:
         for child in _dead(self.children.values()):
             if self.children.get(child.name) is child:
                 self._on_exit(child)
+        self._look_for_hosts(now)
         self._check_ready(now)
         for child in list(self.children.values()):
             if self.children.get(child.name) is child:
@@ -212,6 +216,9 @@ class Supervisor:
         """A child is gone that should not be: start it again, go on from a checkpoint, or end the run."""
         child, process = end.child, self.processes[end.child.name]
         self._hub.release_worker(child.name)
+        if end.code == LOST_EXIT and process.plan.host is not None:
+            self._lost_host(process, process.plan.host)
+            return
         if child.name in self._main and self.resumes is not None:
             self._lost_trainer(end, self.resumes)
             return
@@ -226,6 +233,33 @@ class Supervisor:
         say(f"warning: `{child.name}` {end.what}{last}; {again}")
         self._restarts.add(child.name)
         self._start_anew(process.again(), self.status[child.name].restarts + 1)
+
+    def _lost_host(self, process: Process, host: str) -> None:
+        """A process has ended with its host's agent: the run goes on without, and starts it where an agent comes again.
+        A deterministic run ends: a wave that lost an engine begins anew from the checkpoint."""
+        words = f"the agent of host `{host}` {self._launcher.gone(host)}"
+        if self._limits.deterministic:
+            raise RunFailed(f"{words}, and `{process.name}` with it", self._hint() or None)
+        if not any(other.plan.host == host for other in self._away.values()):
+            self.warn(f"{words}: the run goes on without it, and uses it again when an agent is there")
+        self._away[process.name] = process.again()
+        self.status[process.name] = Status(waiting=f"an agent on `{host}`", restarts=self.status[process.name].restarts)
+
+    def _look_for_hosts(self, now: float) -> None:
+        """Start again what waits for a host that is there now. Raises RunFailed when no engine is left for long."""
+        for name, process in list(self._away.items()):
+            if self._launcher.has(process.plan.host):
+                del self._away[name]
+                self._start_anew(process, self.status[name].restarts + 1)
+        engines_left = any(self.processes[name].plan.role is Role.ENGINE for name in self.children)
+        if engines_left or not self._away:
+            self._engines_seen = now
+        elif now - self._engines_seen > self._limits.ready_timeout_s:
+            hosts = ", ".join(sorted({f"`{process.plan.host}`" for process in self._away.values()}))
+            raise RunFailed(
+                f"no engine is left, and no agent came on {hosts} for {self._limits.ready_timeout_s:g} s",
+                self._hint() or None,
+            )
 
     def _lost_trainer(self, end: End, resumes: Resumes) -> None:
         """Go on from the newest checkpoint when what ended a rank may pass; else end the run with its cause."""
@@ -260,6 +294,7 @@ class Supervisor:
         again = {rank.name: rank for rank in retry.processes()} if self._retried and retry is not None else {}
         self._retry = None if self._retried else retry
         self._done.clear()
+        self._away.clear()
         self.processes = {process.name: again.get(process.name, process) for process in processes}
         for name, process in self.processes.items():
             self._start_anew(process, self.status[name].restarts)

@@ -20,7 +20,7 @@ from astracli.machine.memory import Component, MemoryRow
 from astracli.models import lora_targets
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
-from astracli.plan import hints, problems, prompts, staging
+from astracli.plan import hints, hosts, problems, prompts, staging
 from astracli.plan.cost import TrainerLoad, pace
 from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
 from astracli.plan.offload import Reason
@@ -153,7 +153,9 @@ class _Draft:
         )
         if self.cuda:
             plan = replace(plan, margins=places.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
+        engine_count = sum(process.role is Role.ENGINE for process in processes)
         found = [
+            *(hosts.problems(recipe, engine_count, self.cuda) if self.command == "train" else ()),
             *problems.gpu_problems(plan, recipe, facts, way_out),
             *problems.software_problems(recipe, self.choice, facts),
             *problems.size_problems(plan, recipe, shape, facts, way_out),
@@ -194,9 +196,13 @@ class _Draft:
         recipe, gpus, train = self.asked, self.gpus, self.command == "train"
         resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
         engine_count = len(gpus.engine) if self.cuda else resources.engines
-        result = [self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1]) for i in range(engine_count)]
+        homes = hosts.spread(engine_count, recipe.launch.agents if train else ())
+        result = [
+            self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1], host=home) for i, home in enumerate(homes)
+        ]
         if self.command != "eval":
-            result.append(self._process("rollout", Role.ROLLOUT, children=workers))
+            for n, home in enumerate(dict.fromkeys(homes or [None])):  # one worker a host, for the engines there
+                result.append(self._process(f"rollout{n or ''}", Role.ROLLOUT, children=workers, host=home))
         ranks = (len(gpus.trainer) if self.cuda else resources.train_ranks) if train else 0
         for rank in range(ranks):
             own, name = gpus.trainer[rank : rank + 1], f"trainer{rank or ''}"

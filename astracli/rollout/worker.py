@@ -294,7 +294,7 @@ async def _main(config: RolloutConfig, reporter: Reporter, source: PromptSource,
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
         workers = []
         for entry in config.engines:
-            client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
+            client = kind.client(entry.url, entry.token or config.token, name=entry.name, stage_dir=entry.stage_dir)
             engine = await stack.enter_async_context(client)
             subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
             stack.callback(subscriber.close)

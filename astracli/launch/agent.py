@@ -159,12 +159,13 @@ class Agent:
             orders = threading.Thread(target=self._follow, name="orders", daemon=True)
             orders.start()
             reason = self._watch(joined.lease_s)
+            failure = self._failure  # what comes after this agent has left is none
             self._end_all()
             with contextlib.suppress(httpx.TransportError, RunFailed):
                 self._report()
                 self._hub.post("/agent/leave", {"reason": reason})
-        if self._failure is not None:
-            raise self._failure
+        if failure is not None:
+            raise failure
         return reason
 
     def _join(self) -> Joined:

@@ -6,6 +6,7 @@ A process of another host has its log here too: its agent tells what it writes, 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import threading
 import time
@@ -140,7 +141,7 @@ class Fleet:
                 )
             if now - told > WORDS_S:
                 told = now
-                self._run.update(phase="starting", waits={host: "its agent" for host in absent})
+                self._run.update(phase="starting", hosts=self.hosts())
             if not hub_alive():
                 raise RunFailed("the hub stopped serving")
             if interrupted.wait(0.1):
@@ -154,6 +155,7 @@ class Fleet:
         if agent is None or (host, agent.ident) in self._told:
             return
         self._told.add((host, agent.ident))
+        write_atomic(self._tokens / f"{host}.json", json.dumps(agent.facts, indent=1) + "\n", mode=0o600)
         say(f"host `{host}` is here: {agent.address}")
 
     def sites(self) -> dict[str, Site]:
@@ -163,15 +165,16 @@ class Fleet:
             found[host] = Site(agent.address, agent.ports, self.agents.host_token(host))
         return found
 
-    def hosts(self) -> dict[str, dict[str, Any]]:
-        """Host -> what people want to know of it."""
-        found: dict[str, dict[str, Any]] = {}
+    def hosts(self) -> dict[str, str]:
+        found = {}
         for host in self.agents.hosts:
-            agent, state = self.agents.agent(host), self.agents.state(host)
-            running = sorted(one.name for one in self._of(host) if not one.exited())
-            found[host] = {"state": state, "address": agent.address if agent else None, "processes": running}
-            if agent is not None and agent.gone is not None:
-                found[host]["why"] = agent.gone
+            agent, running = self.agents.agent(host), sorted(one.name for one in self._of(host) if not one.exited())
+            if agent is None:
+                found[host] = "its agent is awaited"
+            elif agent.gone is not None:
+                found[host] = f"its agent {agent.gone}; on it, give `{self.command(host)}`"
+            else:
+                found[host] = f"{agent.address}, runs {', '.join(running) or 'nothing'}"
         return found
 
     def has(self, host: str | None) -> bool:

@@ -63,6 +63,9 @@ class Launcher(Protocol):
     def has(self, host: str | None) -> bool:
         """Whether processes can be started on a host; None: the one where the supervisor is."""
 
+    def hosts(self) -> Mapping[str, str]:
+        """Other hosts than this one -> whether their agent is there and what it runs, in words."""
+
     def gone(self, host: str) -> str:
         """Why nothing can be started there, in words."""
 

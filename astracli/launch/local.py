@@ -75,6 +75,9 @@ class LocalLauncher:
     def has(self, host: str | None) -> bool:
         return host is None
 
+    def hosts(self) -> Mapping[str, str]:
+        return {}
+
     def gone(self, host: str) -> str:
         return "is not this host"
 

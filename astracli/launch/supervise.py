@@ -133,6 +133,14 @@ class Supervisor:
                 self._end_all()
         return before_its_end
 
+    def hosts(self) -> Mapping[str, str]:
+        """Other hosts of the run -> whether their agent is there and what it runs, in words."""
+        return self._launcher.hosts()
+
+    def host_of(self, name: str) -> str | None:
+        """Where a process runs; None: on the host of the supervisor."""
+        return self.processes[name].plan.host
+
     def phases(self) -> dict[str, float]:
         """Seconds spent in each phase so far."""
         spent = self._phases.get(self.phase, 0.0) + time.monotonic() - self._phase_began

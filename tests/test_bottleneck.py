@@ -52,6 +52,18 @@ def test_generation_limits() -> None:
     assert cpu.change.startswith("resources.engines=2 where there are cores for them, or ")
 
 
+def test_dropped_groups_are_told_of_before_a_slow_engine() -> None:
+    found = judged(replace(SETTING, engines=1), wait_s=45.0, groups=100.0, dropped=77.0)
+    assert found.limit == "generation" and found.dropped_share == pytest.approx(0.77)
+    assert found.words == (
+        "generation limits: the trainer waited 45% of its time for batches; 77% of the groups were dropped, as all "
+        "their answers earned the same; with those the engine is 1.8x too slow"
+    )
+    assert found.change.startswith("in a new run questions nearer to what the model can do (")
+    few = judged(wait_s=45.0, groups=100.0, dropped=24.0)
+    assert few.words == judged(wait_s=45.0).words and few.change == judged(wait_s=45.0).change
+
+
 def test_training_limits() -> None:
     # idle 120 of 200 engine seconds: 80 s did the work, 2.5 times more was possible
     found = judged(wait_s=1.0, idle_s=120.0)
@@ -141,7 +153,7 @@ def test_without_a_word_of_the_engines_or_a_step() -> None:
 def trained(step: int, step_s: float, wait_s: float) -> dict[str, Any]:
     """Steps end at 100, 102, 104, ..."""
     times = {"time": 100.0 + 2 * step, "step_s": step_s, "wait_s": wait_s}
-    return {"process": "trainer", "step": step, "tokens": 500.0, **times}
+    return {"process": "trainer", "step": step, "tokens": 500.0, "arrived_groups": 10.0, **times}
 
 
 def updated(version: int, interval_s: float, idle_s: float, **more: Any) -> dict[str, Any]:
@@ -163,7 +175,9 @@ def test_a_run_is_judged_without_its_first_step() -> None:
     assert found is not None
     assert (found["limit"], found["wait_share"]) == ("generation", pytest.approx(0.25))
     assert found["idle_share"] == pytest.approx(0.05)
-    assert found["generated_tokens_per_s"] == pytest.approx(300.0)
+    assert found["generated_tokens_per_s"] == pytest.approx(300.0) and found["dropped_share"] == 0.0
+    dropped = [record | {"arrived_dropped_groups": 4.0} if "tokens" in record else record for record in records]
+    assert bottleneck.of_run(dropped, recipe, plan, 0)["dropped_share"] == pytest.approx(0.4)  # type: ignore[index]
     assert found["trained_tokens_per_working_s"] == pytest.approx(1000 / 3)
     assert bottleneck_words(found).startswith(
         "generation limits: the trainer waited 25% of its time for batches; the engine is 1.3x too slow "

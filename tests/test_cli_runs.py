@@ -13,6 +13,7 @@ import pytest
 from conftest import Ran
 from run_cases import TINY, make_run
 
+from astracli.process.console import TYPED
 from astracli.report import run_files
 from astracli.runs.run_dir import RunDir
 
@@ -99,6 +100,25 @@ def test_runs_status_says_what_a_run_waits_for(astra: Astra, runs: Path) -> None
     run.end("interrupted", exit_code=130)
     ran = astra("runs", "status", "a")
     assert "waits" not in ran.out and "go on with `astra train --resume" in ran.err
+
+
+def test_a_bare_status_is_of_the_newest_training_run_and_says_what_was_typed(astra: Astra, runs: Path) -> None:
+    for name, command in (("till", "train"), ("till-rollout", "rollout")):
+        run = RunDir(runs / name)
+        run.path.mkdir(parents=True)
+        run.recipe_json.write_text("{}")
+        token = TYPED.set(f"astra {command} './my till.toml'")
+        run.start(recipe="till", command=command)
+        TYPED.reset(token)
+        run.end("done", exit_code=0)
+    shown = astra("runs", "status").out
+    assert shown.splitlines()[0].split() == ["run", "till:", "done"]
+    assert "command  astra train './my till.toml'" in shown
+    run = RunDir(runs / "till")
+    groups = {"process": "trainer", "arrived_groups": 8}
+    each = [groups | {"step": step, "arrived_dropped_groups": dropped} for step, dropped in enumerate((8, 4))]
+    run.metrics_jsonl.write_text("".join(json.dumps(record) + "\n" for record in each))
+    assert "dropped  75% of the groups so far, for equal rewards" in astra("runs", "status").out
 
 
 def test_runs_logs(astra: Astra, runs: Path) -> None:

@@ -29,7 +29,7 @@ from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines.contract import GenRequest
-from astracli.engines.sglang import checkpoint
+from astracli.engines.sglang import checkpoint, first_requests
 from astracli.engines.sglang import server as sglang
 from astracli.engines.sglang.client import SglangClient
 from astracli.engines.sglang.command import RENDEZVOUS, Options, arguments, graph_sizes
@@ -205,6 +205,32 @@ def test_a_server_that_fails_ends_the_process_with_its_reason(
     assert code == 1
     assert f"error: engine0 {words}" in output
     assert hint in output.rpartition("hint: ")[2]
+
+
+@pytest.mark.parametrize("mode", ["answers", "compiler"])
+def test_sampling_kernels_are_compiled_before_the_engine_is_ready(tmp_path: Path, hub: FakeHub, mode: str) -> None:
+    """Greedy samples beside drawn ones: SGLang compiles flashinfer's kernels at the first such batch."""
+    config = engine_config(tmp_path, hub, mode)
+    recipe = config.recipe
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"greedy": True, "temperature": 0.6})})
+    config = config.model_copy(update={"recipe": recipe})
+    if mode == "compiler":
+        code, said = ended(config)
+        assert code == 1 and "nvcc: not found" in said and not is_ready(hub)
+        return
+    with process(config) as watcher:
+        until(lambda: is_ready(hub))
+        os.killpg(watcher.pid, signal.SIGTERM)
+        said = watcher.communicate(timeout=30)[0]
+    line = next(line for line in said.splitlines() if line.startswith("first requests: "))
+    asked = [(one["temperature"], one["top_p"]) for one in json.loads(line.removeprefix("first requests: "))]
+    assert asked == [(1.0, 1.0), (0.6, 1.0), (0.0, 1.0)], "one call, so that they share a batch"
+
+
+def test_which_ways_of_sampling_need_kernels() -> None:
+    need = first_requests.need_kernels
+    assert not need([(1.0, 1.0), (0.6, 1.0)]) and not need([(0.0, 1.0)])
+    assert need([(1.0, 1.0), (0.0, 1.0)]) and need([(1.0, 1.0), (0.6, 0.95)])
 
 
 def test_a_killed_watcher_takes_its_server_along(tmp_path: Path, hub: FakeHub) -> None:

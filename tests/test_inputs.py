@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from astracli.cli.main import run as astra
 from astracli.config import recipe_io
 from astracli.data import fetch
 from astracli.errors import UserError
 from astracli.launch import inputs, run
+from astracli.launch.first_prompt import FirstPrompt
 from astracli.models.adapter import SHARD_INDEX
 from astracli.runs import find as runs
 
@@ -103,6 +105,31 @@ def test_only_training_is_resumed(tmp_path: Path) -> None:
     there.unlock()
     with pytest.raises(UserError, match="holds an `astra rollout`, only a training run can be resumed"):
         run.train(recipe, resume=tmp_path / "samples")
+
+
+def test_the_first_prompt_is_shown_as_the_model_gets_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system turn that the tiny model's vocabulary does not have; a row too long to show; an escape in it."""
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "system", "content": "So."}, {"role": "user", "content": "1+2\x1b"}]
+    Path("rows.jsonl").write_text(json.dumps({"turns": turns, "answer": "3"}) + "\n")
+    own = ["--set", "data.source=rows.jsonl", "--set", "data.question_field=turns"]
+    command = ["train", "--recipe", "qwen3.5-tiny-m2po-delta", *own, "--dry-run"]
+    assert astra(command) == 0
+    said = capsys.readouterr().out
+    assert "first training prompt, as the model gets it (" in said and " of them not in its vocabulary)" in said
+    assert "\x1b" not in said and "1+2" in said.split("first training prompt")[1]
+    assert astra([*command, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["first_prompt"]
+    assert first["text"].endswith("=") and first["unknown"] > 0 and first["source"] == ""
+    long = FirstPrompt("", "a" * 2000 + "b", 2001, 0).shown()
+    assert long.startswith("a" * 800 + "\n[... 401 characters left out ...]\n") and long.endswith("b")
+
+
+def test_the_first_prompt_of_an_environment_has_its_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    assert astra(["train", "--recipe", "tiny-tool-m2po-delta", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["first_prompt"]["text"].startswith("<tools>calculator</tools>")
 
 
 def test_a_checkpoint_without_a_chat_template_is_said_once(

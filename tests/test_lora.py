@@ -44,7 +44,7 @@ def drawn(trainer: Trainer) -> None:
     masters, draw = masters_of(trainer), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for value in masters.values.values():
-            value.normal_(0, 0.1, generator=draw)
+            value.copy_(0.1 * torch.randn(value.shape, generator=draw))
     masters.publish_to_parameters()
 
 

@@ -184,6 +184,27 @@ def test_what_begins_is_said_once(begins: int, words: str, figures: dict[str, fl
     assert len(again) == 1, "it went and came back"
 
 
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"eval_avg_at_n": 0.02}, True),
+        ({"eval_avg_at_n": 0.03}, False),
+        ({"eval_avg_at_n": 0.0, "step": 10}, False),
+        ({"eval_avg_at_n": 0.0, "benchmark": "overall"}, False),
+    ],
+)
+def test_a_model_that_starts_near_zero_is_told_of(figures: dict[str, Any], said: bool) -> None:
+    lines = Alerts().feed({"process": "eval", "step": 0, "benchmark": "gsm8k"} | figures)
+    assert (
+        lines
+        == [
+            "before training 2.0% of the answers to `gsm8k` are right: look at the prompt (`--dry-run` of the same "
+            "command shows the first one) and at the answers (`astra runs samples`), or take easier questions"
+        ]
+        * said
+    )
+
+
 def test_a_reward_that_nothing_arrived_for_is_not_flat() -> None:
     alerts = Alerts()
     records = [step(i, **{names.REWARD: 0.0, "arrived_groups": 0}) for i in range(50)]

@@ -71,11 +71,15 @@ def test_turns_as_json_text_and_a_last_answer(tmp_path: Path) -> None:
 )
 def test_text_that_begins_like_turns_and_is_none_is_refused(tmp_path: Path, text: str) -> None:
     source = jsonl(
-        tmp_path / "a.jsonl", {"problem": "[1, 2] has {'a': 1}", "answer": 1}, {"problem": text, "answer": 1}
-    )
+        tmp_path / "a.jsonl",
+        {"problem": "[1, 2] has {'a': 1}", "answer": 1, "n": "1"}, {"problem": text, "answer": 1, "n": "2"},
+    )  # fmt: skip
     with pytest.raises(UserError, match=r"a.jsonl.*line 2\): field `problem` begins like chat turns") as caught:
         datasets.load(DataTable(source=source))
-    assert "json.dumps" in (caught.value.hint or "")
+    hint = caught.value.hint or ""
+    assert "json.dumps" in hint and "data.template={problem}, with another column as data.question_field" in hint
+    asked = datasets.load(DataTable(source=source, question_field="n", template="{problem}"))
+    assert asked[1].messages == ({"role": "user", "content": text},), "as it stands"
 
 
 def test_parts_of_text_are_joined_and_nothing_else_is_asked() -> None:

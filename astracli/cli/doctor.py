@@ -65,13 +65,19 @@ def doctor(
     if facts is not None and probe:
         raise UserError("--probe measures this machine, --facts judges another", "give one of them")
     wanted = probe if probe is not None else loaded is not None or bool(machine.gpus)
-    start = []
+    start, prompt = [], None
     if loaded is not None and facts is None:
         from astracli.launch import inputs
 
-        start = inputs.findings(loaded, "train")
+        here = inputs.findings(loaded, "train")
+        start, prompt = here.refused, here.prompt
     report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
+    if json and prompt is not None:
+        report["first_prompt"] = prompt.document()
     show(report, out(json))
+    if not json and prompt is not None:
+        out(json).text("")
+        out(json).passage(prompt.title(), prompt.shown())
     raise typer.Exit(0 if report["ok"] else 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from astracli.cli import adapters, agent, doctor, evaluate, recipes, rollout, runs, train
 from astracli.cli.output import Output
 from astracli.errors import AstraError, disk_full, machine_failed, refused_by_system
+from astracli.process.console import TYPED
 
 app = typer.Typer(
     name="astra",
@@ -56,6 +58,14 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """One command line -> exit code. Errors end here as a message; `ASTRA_DEBUG=1` adds the traceback."""
+    typed = TYPED.set(shlex.join(["astra", *args]))
+    try:
+        return _run(args)
+    finally:
+        TYPED.reset(typed)
+
+
+def _run(args: list[str]) -> int:
     console = Output()
     _encode_anything()
     try:

@@ -109,13 +109,13 @@ def load_recipe(positional: str | None, option: str | None, overrides: list[str]
     return recipe_io.load(name, overrides or ())
 
 
-def the_run(text: str | None) -> RunDir:
-    """A run by name or path; None is the newest. Raises UserError."""
+def the_run(text: str | None, command: str | None = None) -> RunDir:
+    """A run by name or path; None is the newest, of this command if there is one. Raises UserError."""
     from astracli.runs import find as runs
 
     if text is not None:
         return runs.named(text)
-    found = runs.newest()
+    found = runs.newest(command=command)
     if found is None:
         raise UserError("no runs under `runs`", "start one with `astra train RECIPE`, or name a run directory")
     return found

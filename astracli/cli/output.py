@@ -32,6 +32,10 @@ class Output:
         """Print plain result text."""
         _print(text)
 
+    def passage(self, title: str, text: str) -> None:
+        """Print a text of several lines under a title, its lines indented."""
+        _print("\n".join([title, *(f"  {line}".rstrip() for line in text.split("\n")), ""]))
+
     def table(
         self, headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None, document: Any = None
     ) -> None:

@@ -34,13 +34,14 @@ def print_plan(
 
     described = documents.load(facts) if facts is not None else None
     found = launch.planned(recipe, command, described)
-    refused = inputs.findings(recipe, command, resumed) if described is None else []
+    here = inputs.findings(recipe, command, resumed) if described is None else inputs.Findings([], None)
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
-    refused = [check for check in refused if check.value not in known]
+    refused = [check for check in here.refused if check.value not in known]
     if output.as_json:
         machine = {"machine": facts, "source": described.source} if described else {}
         start = [{"check": c.name, "message": c.value, "hint": c.fix} for c in refused]
-        output.document(to_json(found) | machine | {"start": start})
+        first = {"first_prompt": here.prompt.document() if here.prompt else None}
+        output.document(to_json(found) | machine | {"start": start} | first)
         raise typer.Exit(2 if refused else 0)
     if described is not None:
         told = f"for the machine `{facts}`, not this one: {described.source}"
@@ -48,6 +49,8 @@ def print_plan(
     for table in render(found):
         output.table(table.columns, table.rows, table.title)
         output.text("")
+    if here.prompt is not None:
+        output.passage(here.prompt.title(), here.prompt.shown())
     blocked = any(problem.blocking for problem in found.problems)
     which = "that" if described is not None else "this"
     why = f"; {which} machine cannot run it: see above" if blocked else "; a start would be refused:" if refused else ""

@@ -49,13 +49,15 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
 def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """Show the state of a run: its processes, step, reward, last evaluation, and what it waits for.
 
+    Without a name, of the newest training run.
+
     For a run that failed, it shows the cause and the last lines. --json has every figure of every process.
     """
     from dataclasses import asdict
 
     from astracli.report import run_files, status_page
 
-    found = the_run(run)
+    found = the_run(run, "train")
     if json:
         recorded = found.status()
         out(json).document(

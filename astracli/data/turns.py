@@ -63,7 +63,8 @@ def refuse_like_turns(name: str, text: str) -> None:
         raise RowError(
             f"field `{name}` begins like chat turns, {text.strip()[:40]!r}, and is no list of them",
             'write the whole list as JSON, [{"role": "user", "content": "..."}]: json.dumps does, str() and '
-            "pandas' to_csv do not",
+            "pandas' to_csv do not; text that is to be asked as it stands goes in by the template: "
+            f"data.template={{{name}}}, with another column as data.question_field",
         )
 
 

@@ -30,3 +30,9 @@ class PromptTokens:
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return self._kept[key][1]
+
+    @property
+    def latest(self) -> list[int] | None:
+        """Of the problem that came last; None: there was none."""
+        kept = next(reversed(self._kept.values()), None)
+        return None if kept is None else kept[1].tolist()

@@ -64,15 +64,17 @@ def validate(name: str) -> None:
         _ask(name, "")
 
 
-def check(name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]]) -> None:
+def check(name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
     """Raises UserError when an environment cannot work with a recipe, the checkpoint in `folder` and a problem that
-    asks with these turns: its own reasons, and those of its tools and of the chat template."""
-    if name != BUILT_IN:
-        document = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "messages": [*map(dict, messages)]}
-        _ask(name, json.dumps(document))
+    asks with these turns: its own reasons, and those of its tools and of the chat template. Returns the tokens of the
+    problem's prompt; None when the environment did not ask for them, and of the single turn."""
+    if name == BUILT_IN:
+        return None
+    document = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "messages": [*map(dict, messages)]}
+    return _ask(name, json.dumps(document))
 
 
-def _ask(name: str, document: str) -> None:
+def _ask(name: str, document: str) -> list[int] | None:
     command = [sys.executable, "-P", "-m", "astracli.envs.registry", name]
     try:
         done = subprocess.run(command, input=document, capture_output=True, text=True, timeout=IMPORT_S)
@@ -84,23 +86,25 @@ def _ask(name: str, document: str) -> None:
         raise UserError(
             f"rollout.env = `{name}`: its import ended the process (code {done.returncode}){last}"
         ) from None
-    if answer is not None:
-        raise UserError(*answer)
+    if answer["refusal"] is not None:
+        raise UserError(*answer["refusal"])
+    prompt: list[int] | None = answer["prompt"]
+    return prompt
 
 
 def main() -> None:
-    refusal = None
+    refusal, prompt = None, None
     try:
         kind, document = find(sys.argv[1]), sys.stdin.read()
         if document:
-            _try(kind, **json.loads(document))
+            prompt = _try(kind, **json.loads(document))
     except AstraError as error:
         refusal = [error.message, error.hint]
-    print(json.dumps(refusal))
+    print(json.dumps({"refusal": refusal, "prompt": prompt}))
 
 
-def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> None:
-    """Make an Env as a run does, and let it look at a problem."""
+def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> list[int] | None:
+    """Make an Env as a run does, and let it look at a problem; the tokens of the prompt that it asked for."""
     from astracli.config.recipe import Recipe
     from astracli.data.prompts import Problem
     from astracli.envs.contract import EnvSetup
@@ -112,8 +116,9 @@ def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> None:
         raise UserError(f"rollout.env = `{sys.argv[1]}` grades before a run has begun")
 
     chosen, tokenizer = Recipe.model_validate(recipe), load_tokenizer(Path(folder))
+    prompts = PromptTokens(tokenizer, ChatFormat.of(chosen))
     try:
-        env = kind(EnvSetup(chosen, tokenizer, no_grader, PromptTokens(tokenizer, ChatFormat.of(chosen))))
+        env = kind(EnvSetup(chosen, tokenizer, no_grader, prompts))
         env.check(Problem("0", str(messages[-1]["content"]), "", messages=tuple(messages)))
         env.close()
     except AstraError:
@@ -124,6 +129,7 @@ def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> None:
             f"rollout.env = `{sys.argv[1]}` cannot be made: {type(error).__name__}: {error} "
             f"({place.filename}, line {place.lineno})"
         ) from None
+    return prompts.latest
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.data.prompts import Problem
+    from astracli.launch.first_prompt import FirstPrompt
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,21 @@ class Ledger:
 
     def __init__(self, *, keep: bool, resumed: RunDir | None = None):
         """`keep`: keep a refusal and go on; otherwise it is raised. `resumed`: the run that goes on."""
-        self._keep, self._resumed = keep, resumed
+        self.keep, self._resumed = keep, resumed
         self.refused: list[tuple[str, UserError]] = []
+        self.prompt: FirstPrompt | None = None
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[None]:
         try:
             yield
         except fetch.NotHere:
-            if not self._keep:
+            if not self.keep:
                 raise
         except UserError as error:
             if self._resumed is not None:
                 recipe_changes.of_resume(error, self._resumed)
-            if not self._keep:
+            if not self.keep:
                 raise
             if all(error.message != before.message for _, before in self.refused):  # a file may serve two purposes
                 self.refused.append((name, error))
@@ -89,13 +91,21 @@ def fetched(recipe: Recipe, *, data: bool, benchmarks: Sequence[str], resumed: R
     return inputs
 
 
-def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> list[Check]:
-    """What a start, or going on with a run, would refuse, in its words, found without a download."""
+@dataclass(frozen=True)
+class Findings:
+    refused: list[Check]
+    prompt: FirstPrompt | None
+    """None: the command draws none, or what it is made of is not on this machine."""
+
+
+def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> Findings:
+    """What a start, or going on with a run, would refuse, in its words, and the first prompt; without a download."""
     ledger = Ledger(keep=True, resumed=resumed)
     data, benchmarks = needs(recipe, command)
     with fetch.only_here():
         prepare(recipe, ledger, data=data, benchmarks=benchmarks, resumed=resumed)
-    return [Check(name, "start", "fail", error.message, "", error.hint or "") for name, error in ledger.refused]
+    refused = [Check(name, "start", "fail", error.message, "", error.hint or "") for name, error in ledger.refused]
+    return Findings(refused, ledger.prompt)
 
 
 def prepare(
@@ -129,7 +139,9 @@ def prepare(
         model = found
     with ledger.check("environment"):
         if model is not None:
-            check_envs(recipe, model, first, trains=data, evaluates=bool(benchmarks))
+            asked = check_envs(recipe, model, first, trains=data, evaluates=bool(benchmarks))
+            if ledger.keep and data and known:
+                ledger.prompt = _first_prompt(recipe, model, first, asked)
     with ledger.check("training data"):
         left = problem_files.decontaminated(recipe, paths, places, resumed) if paths else {}
         if resumed is not None:
@@ -143,6 +155,16 @@ def prepare(
         )
     local = {name: Path(place) if place else None for name, place in places.items()}
     return Inputs(model, left, local, time.monotonic() - began)
+
+
+def _first_prompt(
+    recipe: Recipe, folder: Path, first: Mapping[str, Problem], asked: Mapping[str, Sequence[int] | None]
+) -> FirstPrompt | None:
+    """None: the environment makes its prompts itself."""
+    from astracli.launch import first_prompt
+
+    drawn, own = asked[recipe.rollout.env], recipe.rollout.env != envs.BUILT_IN
+    return None if own and drawn is None else first_prompt.find(recipe, folder, first, drawn)
 
 
 def check_setting(recipe: Recipe, ledger: Ledger) -> None:
@@ -193,15 +215,16 @@ def check_rewards(
             validate_rewards(rewards, columns, where)
 
 
-def check_envs(recipe: Recipe, folder: Path, first: Mapping[str, Problem], *, trains: bool, evaluates: bool) -> None:
-    """The environments work with the recipe, the checkpoint and the first problem. Raises UserError."""
-    from astracli.data.turns import PromptFormat
+def check_envs(
+    recipe: Recipe, folder: Path, first: Mapping[str, Problem], *, trains: bool, evaluates: bool
+) -> dict[str, list[int] | None]:
+    """The environments work with the recipe, the checkpoint and the first problem. Raises UserError. Returns the tokens
+    of the prompt that each asked with, None where it did not ask."""
+    from astracli.launch import first_prompt
 
-    generated = PromptFormat.of(next(iter(recipe_data.sets(recipe.data).values()))).messages("1+1", {})
-    messages = next((problem.messages for problem in first.values()), generated)
+    messages = first_prompt.first_turns(recipe, first)
     wanted = [recipe.rollout.env] * trains + [recipe.evaluation_env] * evaluates
-    for name in dict.fromkeys(wanted):
-        envs.check(name, recipe, folder, messages)
+    return {name: envs.check(name, recipe, folder, messages) for name in dict.fromkeys(wanted)}
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:
@@ -260,13 +283,6 @@ def check_turns(recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, ob
     template takes it, and that would cost the start a second."""
     if [turn["role"] for turn in messages] == ["user"] and not recipe.model.template_args:
         return
-    from astracli.models.adapter import load_tokenizer
+    from astracli.launch import first_prompt
 
-    try:
-        chat.ChatFormat.of(recipe).tokens(load_tokenizer(folder), messages)
-    except Exception as error:  # whatever the template raises
-        roles = ", ".join(str(turn["role"]) for turn in messages)
-        raise UserError(
-            f"the chat template of `{recipe.model.path}` does not take these turns ({roles}): {error}",
-            "see data.system, data.few_shot and model.template_args, and which roles the column of turns has",
-        ) from None
+    first_prompt.tokens(recipe, folder, messages)

@@ -7,8 +7,11 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
+TYPED: ContextVar[str] = ContextVar("typed", default="")
+"""The command line of this process as a shell reads it; "" where Python code called."""
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from astracli.runs.metrics import OVERALL
 from astracli.runs.names import REWARD
 
 COLLAPSED = 0.05
 """Entropy under this part of what it was at first, and under LITTLE_ENTROPY, has collapsed."""
 LITTLE_ENTROPY = 0.05
 """Nats a token."""
+LOW_START = 0.02
+"""An evaluation before training that is no better than this: the model does not answer what it is asked."""
 FLAT_STEPS = 20
 FLAT = 0.01
 """A reward that stays within so much, relative to its size where that is over 1, is flat."""
@@ -32,7 +35,9 @@ class Alerts:
     """Name of an alert -> the last step at which it held."""
 
     def feed(self, record: Mapping[str, Any]) -> list[str]:
-        """The lines of what begins with this record; [] of any process but the trainer."""
+        """The lines of what begins with this record; [] of any process but the trainer and the evaluation."""
+        if record.get("process") == "eval":
+            return self._start(record)
         if record.get("process") != "trainer" or "entropy" not in record or "step" not in record:
             return []
         step = int(record["step"])
@@ -47,6 +52,16 @@ class Alerts:
                 found.append(f"step {step}: {line}")
             self._seen[check.__name__] = step
         return found
+
+    def _start(self, record: Mapping[str, Any]) -> list[str]:
+        benchmark, score = record.get("benchmark"), record.get("eval_avg_at_n")
+        if record.get("step") != 0 or benchmark in (None, OVERALL) or score is None or score > LOW_START:
+            return []
+        return [
+            f"before training {score:.1%} of the answers to `{benchmark}` are right: look at the prompt (`--dry-run` "
+            "of the same command shows the first one) and at the answers (`astra runs samples`), or take easier "
+            "questions"
+        ]
 
     def _collapse(self, record: Mapping[str, Any]) -> str | None:
         now = float(record["entropy"])

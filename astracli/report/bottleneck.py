@@ -27,6 +27,8 @@ BOTH = 0.25
 """Idle share above which engines whose trainer waits, too, are not what it waits for."""
 FASTEST = 20.0
 """Largest factor that is told: shares near 1 are not that exact."""
+DROPPED = 0.25
+"""Share of dropped groups from which they are told of before engines that are too slow."""
 MORE = 4
 """Largest multiple of what there is that is worth proposing."""
 FIRST_STEPS = 1
@@ -57,6 +59,10 @@ class Seen:
     """Of all engines together: without a prompt because an evaluation held the engine at its version."""
     evaluated_tokens: float = 0.0
     """Generated for evaluations while these steps were due."""
+    groups: float = 0.0
+    """That arrived for these steps."""
+    dropped: float = 0.0
+    """Of them, those whose rewards were equal: nothing to learn from."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Bottleneck:
     held_share: float | None
     evaluation_share: float | None
     """Of an engine's time: what evaluations took of it."""
+    dropped_share: float | None
+    """Of the groups that were generated, those dropped for equal rewards."""
     factor: float | None
     """How many times as fast the limiting side would have to be; None when neither side limits."""
     generated_tokens_per_s: float | None
@@ -111,7 +119,8 @@ def judge(seen: Seen, setting: RunLayout) -> Bottleneck | None:
         evaluation = max(held, (1 - idle) * seen.evaluated_tokens / made if made else 0.0)
         generated = setting.engines * seen.generated_tokens / seen.engine_s
     limit, factor = _limit(wait, idle or 0.0, held or 0.0, evaluation or 0.0, setting)
-    shares = Bottleneck(limit, wait, idle, held, evaluation, factor, generated, trained, "", "")
+    dropped = seen.dropped / seen.groups if seen.groups else None
+    shares = Bottleneck(limit, wait, idle, held, evaluation, dropped, factor, generated, trained, "", "")
     words, change = _words(shares, setting)
     return replace(shares, words=words, change=change)
 
@@ -160,8 +169,15 @@ def _words(seen: Bottleneck, setting: RunLayout) -> tuple[str, str]:
     if seen.limit == "training":
         words = f"training limits: {back}, {waited}; it is {factor:.1f}x too slow for {engines}"
         return words, _faster_training(setting, factor)
-    words = f"generation limits: {waited}; {engines} {'is' if setting.engines == 1 else 'are'} {factor:.1f}x too slow"
-    return words, _faster_generation(setting, factor)
+    slow = f"{engines} {'is' if setting.engines == 1 else 'are'} {factor:.1f}x too slow"
+    if (seen.dropped_share or 0.0) < DROPPED:
+        return f"generation limits: {waited}; {slow}", _faster_generation(setting, factor)
+    words = (
+        f"generation limits: {waited}; {seen.dropped_share:.0%} of the groups were dropped, as all their answers "
+        f"earned the same; with those {slow}"
+    )
+    nearer = "in a new run questions nearer to what the model can do (easier or harder ones, or a [data.curriculum])"
+    return words, f"{nearer}, or {_faster_generation(setting, factor)}"
 
 
 def _faster_generation(setting: RunLayout, factor: float) -> str:
@@ -227,6 +243,8 @@ def _seen(records: Sequence[Record], first: int, end: int) -> Seen:
         generated_tokens=sum(r["rollout_tokens_per_s"] * r["interval_s"] for r in told),
         held_s=held_s,
         evaluated_tokens=evaluated_tokens(records, steps),
+        groups=sum(r.get("arrived_groups") or 0.0 for r in steps),
+        dropped=sum(r.get("arrived_dropped_groups") or 0.0 for r in steps),
     )
 
 

@@ -75,6 +75,7 @@ def _doing(status: RunStatus | None) -> str:
 def _what(status: RunStatus) -> list[tuple[str, str]]:
     attempt = f", attempt {status.attempt}" if status.attempt > 1 else ""
     rows = [("what", f"{status.command}, recipe {status.recipe}{attempt}")]
+    rows += [("command", status.typed)] if status.typed else []
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
     end = status.ended or (time.time() if status.alive() else None)
     took = f", {duration(end - status.started)}" if end else ""
@@ -99,6 +100,8 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
             tail = [value for _, value in rewards[-LAST_STEPS:]]
             words += f"; {rewards[0][1]:.3g} at first, mean of the last {len(tail)} steps {metrics.mean(tail):.3g}"
         rows.append((names.words(REWARD), words))
+    if words := _dropped(records):
+        rows.append(("dropped", words))
     if parts := _newest(records, "arrived_parts/"):
         rows.append(("parts", ", ".join(f"{name} {value:.3g}" for name, value in parts.items()) + " of the reward"))
     newest_of = {
@@ -109,6 +112,16 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
     if newest_of:
         rows.append(("training", ", ".join(names.said(name, value) for name, value in newest_of.items())))
     return rows
+
+
+def _dropped(records: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the groups so far whose rewards were equal; "" for none."""
+    arrived, dropped = (
+        sum(metrics.values(records, name, "trainer")) for name in ("arrived_groups", "arrived_dropped_groups")
+    )
+    if not dropped:
+        return ""
+    return f"{dropped / arrived:.0%} of the groups so far, for equal rewards: questions too easy or too hard"
 
 
 def _newest(records: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:

@@ -76,9 +76,11 @@ def _say_left_out(root: Path, names: tuple[str, ...]) -> None:
     say(f"note: left out under `{root}`, this user may not read it: {', '.join(names[:3])}{more}")
 
 
-def newest(root: Path = RUNS) -> RunDir | None:
-    """The run under `root` that started last; None when there is none."""
-    return next(iter(list_runs(root)), None)
+def newest(root: Path = RUNS, command: str | None = None) -> RunDir | None:
+    """The run under `root` that started last, with `command` of its kind if there is one; None when there is none."""
+    found = list_runs(root)
+    kind = [run for run in found if (status := run.readable_status()) is not None and status.command == command]
+    return next(iter(kind or found), None)
 
 
 def _started(run: RunDir) -> float:

@@ -18,6 +18,7 @@ from astracli.config import reading
 from astracli.errors import FULL, UserError
 from astracli.process import identity
 from astracli.process.atomic import write_atomic
+from astracli.process.console import TYPED
 from astracli.runs.status import RunStatus, State, status_text
 
 ORIGIN = "astra_export.json"
@@ -199,7 +200,8 @@ class RunDir:
         self._write(
             RunStatus(
                 "running", me.pid, me.create_time, socket.gethostname(), time.time(),
-                attempt=attempt, step=step, steps=steps, command=command, recipe=recipe, boot=me.boot, ticks=me.ticks,
+                attempt=attempt, step=step, steps=steps, command=command, recipe=recipe, typed=TYPED.get(),
+                boot=me.boot, ticks=me.ticks,
             )
         )  # fmt: skip
 

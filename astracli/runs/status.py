@@ -44,6 +44,8 @@ class RunStatus:
     """Other hosts of the run -> whether their agent is there, and what it runs."""
     command: str = "train"
     recipe: str = ""
+    typed: str = ""
+    """The command line that began this attempt, as a shell reads it; "" where Python code did."""
     boot: str | None = None
     ticks: int | None = None
     """With `boot` the start of process `pid` by a clock that nobody sets (`process/identity.py`)."""

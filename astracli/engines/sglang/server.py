@@ -17,13 +17,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
 import astracli
-from astracli.engines.sglang import checkpoint, command, failure_hints
+from astracli.engines.sglang import checkpoint, command, failure_hints, first_requests
 from astracli.errors import RunFailed
 from astracli.process import ports
 from astracli.process.atomic import write_atomic
@@ -83,6 +84,7 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
     server = Server(config, facts["executable"], arguments, environment)
     try:
         _wait_ready(config, server, reporter)
+        _first_requests(config, server, reporter)
         reporter.ready()
         _watch(config, server, reporter)
     finally:
@@ -201,6 +203,24 @@ def _wait_ready(config: EngineConfig, server: Server, reporter: Reporter) -> Non
             raise failure_hints.death(config.name, f"was not ready within {limit:g} s", server.lines)
         reporter.waiting(f"SGLang to start ({waited:.0f} s)")
         time.sleep(LOOK_S)
+
+
+def _first_requests(config: EngineConfig, server: Server, reporter: Reporter) -> None:
+    """Have the server compile what the run's ways of sampling need. Raises RunFailed."""
+    found = first_requests.samplings(config.recipe)
+    if not first_requests.need_kernels(found):
+        return
+    began, limit = time.monotonic(), config.recipe.launch.ready_timeout_s
+    url = ports.url(config.recipe.launch.host, config.port)
+    with ThreadPoolExecutor(1) as aside:
+        asked = aside.submit(first_requests.ask, url, config.token, found, limit)
+        while not asked.done() and not reporter.stop_requested.wait(LOOK_S):
+            server.check()
+            reporter.waiting(f"SGLang to compile its sampling kernels ({time.monotonic() - began:.0f} s)")
+        if asked.done() and (wrong := asked.result()):
+            server.check()
+            raise failure_hints.death(config.name, f"did not answer its first requests: {wrong}", server.lines)
+        reporter.progress(sampling_s=round(time.monotonic() - began, 1))
 
 
 def _watch(config: EngineConfig, server: Server, reporter: Reporter) -> None:

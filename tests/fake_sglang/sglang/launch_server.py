@@ -2,7 +2,7 @@
 
 FAKE_SGLANG says how it misbehaves, then without a model: `oom` (dies while loading), `kernel` (a package that does not
 load), `mute` (never ready), `late` and `cuda` (dies a moment after it was ready, with a NaN or a CUDA error), `quiet`
-(dies without a word), `idle` (not at all).
+(dies without a word), `compiler` (dies compiling its sampling kernels), `answers` and `idle` (not at all).
 """
 
 import argparse
@@ -86,7 +86,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/update_weight_version":
             server.version = body["new_version"]
             return self.answer(200, {"success": True})
-        if self.path == "/generate" and server.version == "-2":
+        first = self.path == "/generate" and body["rid"][0].startswith("first-")
+        if first:
+            print("first requests:", json.dumps(body["sampling_params"]), flush=True)
+            if os.environ.get("FAKE_SGLANG") == "compiler":
+                print("RuntimeError: Ninja build failed. nvcc: not found", flush=True)
+                os._exit(1)
+        if self.path == "/generate" and server.version == "-2" and not first:
             return self.answer(400, {"error": {"message": f"Request {body['rid'][0]} was aborted"}})
         if self.path == "/generate":
             one = {"weight_version": server.version, "finish_reason": {"type": "length"}}

@@ -28,6 +28,7 @@ from astracli.hub.api import build_app
 from astracli.launch import configs, run
 from astracli.launch.configs import RunContext
 from astracli.launch.fleet import Fleet, RemoteProcess
+from astracli.launch.fleet import versions as fleet_versions
 from astracli.launch.host_inputs import HostInputs, found
 from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
@@ -96,6 +97,19 @@ def test_a_ticket_is_good_for_one_agent(world: World) -> None:
     other = world.join(ticket, ident="i2")
     assert other.status_code == 409 and "has been used" in other.json()["error"]
     assert world.agents.state("b") == "here" and world.agents.state("c") == "awaited"
+
+
+def test_newcomers_share_a_file_whose_token_is_good_once(world: World) -> None:
+    _, ticket = next(pair for pair in reversed(world.tickets) if pair[0] == "new")
+    for name, said in (("b", "has a host `b` already"), ("../x", "is no name of a host"), ("new", "is no name")):
+        refused = world.join(ticket, name=name)
+        assert refused.status_code == 409 and said in refused.json()["error"]
+    first = world.join(ticket, name="x")
+    assert first.status_code == 200 and world.join(ticket, name="x").json() == first.json()
+    assert world.join(ticket, name="y", ident="i2").status_code == 409
+    host, fresh = world.tickets[-1]
+    assert host == "new" and world.join(fresh, name="y", ident="i2").status_code == 200
+    assert world.agents.hosts == ["b", "c", "x", "y"]
 
 
 def test_a_token_ends_with_its_agent(world: World) -> None:
@@ -189,6 +203,53 @@ def test_processes_are_told_of_their_own_host(tmp_path: Path) -> None:
 def test_hosts_that_do_not_fit_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tiny(**changes)
+
+
+def test_a_run_that_lost_a_host_goes_on_and_takes_it_back(tmp_path: Path) -> None:
+    class Hosts(LocalLauncher):
+        """Host `b` is lost when its process has written a line, and there again when the test says so."""
+
+        there, back = True, False
+
+        def has(self, host: str | None) -> bool:
+            return host is None or self.there
+
+        def gone(self, host: str) -> str:
+            return "was not heard for 5 s"
+
+        def start(self, process: Process) -> Any:
+            child = super().start(process)
+            if process.plan.host and self.there and not self.back:
+                self.there = False
+                child.exit_code = lambda: LOST_EXIT  # type: ignore[method-assign]
+            return child
+
+    def host(process: Process) -> Process:
+        return replace(process, plan=replace(process.plan, host="b"))
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    code = f"""
+        import pathlib, time
+        first, second = pathlib.Path({str(first)!r}), pathlib.Path({str(second)!r})
+        if first.exists():
+            second.touch()
+            time.sleep(60)
+        first.touch()
+    """
+    engine = host(family.process(tmp_path, "engine0", code, Role.ENGINE))
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(second)!r}).exists(): time.sleep(0.02)"
+    trainer = family.process(tmp_path, "trainer", wait)
+    hub, launcher = family.FakeHub(), Hosts(sample_s=0.1)
+
+    def tick(supervisor: Any) -> None:
+        if supervisor._away:
+            launcher.there = launcher.back = True
+
+    watching = family.supervisor([engine, trainer], hub, tick=tick)
+    watching._launcher = launcher
+    assert watching.run() is False and hub.released == ["engine0"]
+    words = "the run goes on without it, and uses it again when an agent is there"
+    assert watching.notes == [f"the agent of host `b` was not heard for 5 s: {words}"]
 
 
 def test_a_host_without_an_engine_is_a_problem() -> None:
@@ -329,6 +390,27 @@ def test_an_agent_that_hears_no_hub_ends_its_processes(fleets: Fleets) -> None:
     fleets.server.stop()
     assert agent.wait(timeout=60) == 1 and not psutil.pid_exists(pid)
     assert "was not heard for 3 s" in (fleets.path / "agent0.log").read_text()
+
+
+def test_a_host_that_joins_brings_an_engine_that_waits_for_checked_weights(fleets: Fleets) -> None:
+    assert list(fleets.fleet.newcomers()) == []
+    fleets.fleet.agents.join("new", fleets.fleet.agents._new, "i", "127.0.0.1", [7001], fleet_versions(), {}, "x")
+    engine, rollout = fleets.fleet.newcomers()
+    assert list(fleets.fleet.newcomers()) == [], "each host once"
+    assert (engine.name, rollout.name) == ("engine1", "rollout1") and engine.plan.host == rollout.plan.host == "x"
+    assert engine.config.await_weights and engine.config.port == 7001  # type: ignore[attr-defined]
+    assert [e.name for e in rollout.config.engines] == ["engine1"]  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_joined_follows_the_newest_version_through_an_evaluation(tmp_path: Path) -> None:
+    store = open_store(tmp_path, eval_every=1)
+    store.announce(0, 0)
+    store.announce(1, 1)
+    assert (store.target("engine0").version, store.target("engine0").pinned) == (0, True)
+    assert (store.target("engine1").version, store.target("engine1").pinned) == (1, False)
+    store.engine_state("engine1", 1, "ready")
+    store.release_worker("engine1")
+    assert store.target("engine1").down
 
 
 def test_sigterm_leaves(fleets: Fleets) -> None:

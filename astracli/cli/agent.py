@@ -20,6 +20,12 @@ def agent(
         str | None,
         typer.Option("--address", metavar="ADDRESS", help="Address of this host; default: that which reaches the hub."),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", metavar="NAME", help="Name of a host that is not in launch.hosts; default: its host name."
+        ),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option("--dir", metavar="DIR", help="Where logs and staged weights go; default: astra-agent-PID here."),
@@ -39,12 +45,15 @@ def agent(
 
     with signals() as interrupted:
         import os
+        import socket
 
         from astracli.launch.agent import Agent, AgentSetup, default_cache
         from astracli.process.console import say
 
         place = folder if folder is not None else Path(f"astra-agent-{os.getpid()}")
-        setup = AgentSetup(_url(url), _token(token_file), place, default_cache(), address, wait)
+        setup = AgentSetup(
+            _url(url), _token(token_file), place, default_cache(), name or socket.gethostname(), address, wait
+        )
         reason = Agent(setup, interrupted).run()
         say(f"left: {reason}")
     raise typer.Exit(130 if interrupted.is_set() else 0)

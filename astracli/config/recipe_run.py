@@ -15,8 +15,11 @@ from pydantic_core import PydanticCustomError
 Processes = Annotated[int, Field(ge=0, le=1024)]
 """How many processes, ranks, GPUs or threads of one kind."""
 SomeProcesses = Annotated[int, Field(gt=0, le=1024)]
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+HOST_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+HostName = Annotated[str, Field(pattern=HOST_NAME)]
 """Of a machine: it also names files."""
+NEWCOMER = "new"
+"""Names the token file of hosts that are not in `launch.hosts`."""
 
 
 class Table(BaseModel):
@@ -114,9 +117,10 @@ class LaunchTable(Table):
     is not encrypted, and the collectives of torch and NCCL know no token."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the hub. 0: one that is free. A fixed one lets agents be started before the run."""
-    hosts: Literal["local"] | Annotated[list[HostName], Field(min_length=2)] = "local"
+    hosts: Literal["local"] | Annotated[list[HostName], Field(min_length=1)] = "local"
     """`local`: every process runs here. A list of names: the trainer runs on the first, which is this machine, and the
-    engines on the others, where `astra agent` has been started."""
+    engines on the others, where `astra agent` has been started. With a list, more hosts may join while the run goes
+    on."""
     agent_lease_s: PositiveFloat = 45.0
     """An agent that has not heard the hub for so long ends its processes; the run then goes on without it. At most
     five sixths of `heartbeat_timeout_s`."""
@@ -154,6 +158,8 @@ class LaunchTable(Table):
                 f'launch.host = "{self.host}" is reached from other machines: set launch.network = "private" if only '
                 "machines that you trust are in that network"
             )
+        if not isinstance(self.hosts, str) and NEWCOMER in self.hosts:
+            return f"launch.hosts = {self.hosts}: `{NEWCOMER}` stands for hosts that join later, take another name"
         if len({*self.agents}) < len(self.agents) or (not isinstance(self.hosts, str) and self.hosts[0] in self.agents):
             return f"launch.hosts = {self.hosts} names a host twice"
         if self.agents and 1.2 * self.agent_lease_s > self.heartbeat_timeout_s:

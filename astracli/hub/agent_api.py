@@ -92,9 +92,15 @@ def routes(agents: Agents, wait: Answer, inputs: Callable[[str], Path | None]) -
     """`wait`: how a long poll is answered. `inputs`: the file of a name, None for any other."""
 
     def join(
-        ident: str, address: str, ports: list[int], versions: dict[str, str], facts: dict[str, Any]
+        ident: str,
+        address: str,
+        ports: list[int],
+        versions: dict[str, str],
+        facts: dict[str, Any],
+        name: str | None = None,
     ) -> dict[str, Any]:
-        return {"ident": ident, "address": address, "ports": ports, "versions": versions, "facts": facts}
+        said = {"ident": ident, "address": address, "ports": ports, "versions": versions, "facts": facts}
+        return said | {"name": name}
 
     def orders(done: int, wait_s: float = 0.0) -> dict[str, Any]:
         return {"done": done, "wait_s": wait_s}
@@ -139,5 +145,10 @@ def routes(agents: Agents, wait: Answer, inputs: Callable[[str], Path | None]) -
         path = inputs(request.path_params["name"])
         return _refuse(404, "there is no such file") if path is None else FileResponse(path)
 
-    named = {"/agent/join": join, "/agent/orders": orders, "/agent/report": report, "/agent/leave": leave}
+    named: dict[str, Callable[..., dict[str, Any]]] = {
+        "/agent/join": join,
+        "/agent/orders": orders,
+        "/agent/report": report,
+        "/agent/leave": leave,
+    }
     return [*(route(path, read) for path, read in named.items()), Route("/agent/input/{name}", file)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+import re
 import secrets
 import threading
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from astracli.config.recipe_run import HOST_NAME, NEWCOMER
 from astracli.errors import AstraError
 from astracli.hub.agent_types import Joined, Order, Orders, ProcessNews
 from astracli.hub.types import BadRequest
@@ -68,15 +70,19 @@ class Agents:
         lease_s: float,
         on_news: Callable[[str, ProcessNews, bytes], None] = lambda host, news, text: None,
         on_ticket: Callable[[str, str], None] = lambda host, ticket: None,
+        newcomers: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`versions`: of the packages that must be the same on every host. `on_news`: a process's state and what it
-        wrote; `on_ticket`: a host's new ticket."""
+        wrote; `on_ticket`: a host's new ticket. `newcomers`: why no host beside these may join; None: any may."""
         self._run, self._versions, self.lease_s = run, dict(versions), lease_s
         self._on_news, self._on_ticket, self._clock = on_news, on_ticket, clock
         self._lock = threading.RLock()
         self._agents: dict[str, Agent] = {}
         self._tickets: dict[str, str] = {}
+        self._newcomers = newcomers
+        self._new = ""
+        """The ticket of a host that has none of its own."""
         self._used: dict[str, tuple[str, str]] = {}
         """Ticket -> (host, ident) of the agent that joined with it."""
         self._host_tokens: dict[str, str] = {}
@@ -85,6 +91,8 @@ class Agents:
         """Why agents were turned away, newest last."""
         for host in hosts:
             self.add(host)
+        if newcomers is None:
+            self._renew()
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -97,6 +105,10 @@ class Agents:
     def _new_ticket(self, host: str) -> None:
         self._tickets[host] = secrets.token_urlsafe(32)
         self._on_ticket(host, self._tickets[host])
+
+    def _renew(self) -> None:
+        self._new = secrets.token_urlsafe(32)
+        self._on_ticket(NEWCOMER, self._new)
 
     @property
     def hosts(self) -> list[str]:
@@ -113,6 +125,7 @@ class Agents:
         """Who shows this token: `ticket:HOST`, `agent:HOST`, or None."""
         with self._lock:
             tickets = [(f"{TICKET}{host}", ticket) for host, ticket in self._tickets.items()]
+            tickets += [(f"{TICKET}{NEWCOMER}", self._new)] if self._new else []
             used = [(f"{TICKET}{host}", ticket) for ticket, (host, _) in self._used.items()]
             here = [(f"{AGENT}{host}", agent.token) for host, agent in self._agents.items() if agent.gone is None]
         found = None
@@ -132,14 +145,19 @@ class Agents:
         ports: list[int],
         versions: dict[str, str],
         facts: dict[str, Any],
+        name: str | None = None,
     ) -> Joined:
-        """Raises Refused. The same agent may ask twice: an answer may be lost."""
+        """Raises Refused. The same agent may ask twice: an answer may be lost. `name`: how a host that joins later is
+        called."""
         with self._lock:
             self._look()
+            newcomer = host == NEWCOMER
+            if newcomer:
+                host = self._named(name)
             there = self._agents.get(host)
             if there is not None and there.gone is None and there.ident == ident:
                 return self._joined(there)
-            if ticket != self._tickets[host]:
+            if ticket != (self._new if newcomer else self._tickets.get(host)):
                 raise self._refusal(f"the token of host `{host}` has been used: it is good for one agent")
             for name, ours in self._versions.items():
                 theirs = versions.get(name)
@@ -153,6 +171,9 @@ class Agents:
                     f"host `{host}` had the address {there.address}, now it comes from {address}",
                     f"start it with `--address {there.address}`: evaluations know its engines there",
                 )
+            if newcomer:
+                self._host_tokens.setdefault(host, secrets.token_urlsafe(32))
+                self._renew()
             kept = tuple(ports) if there is None else there.ports
             agent = Agent(host, ident, secrets.token_urlsafe(32), address, kept, facts, self._clock())
             self._agents[host] = agent
@@ -160,6 +181,17 @@ class Agents:
             self._tickets[host] = secrets.token_urlsafe(32)  # nobody has seen it: written down when this agent is gone
         self._changed()
         return self._joined(agent)
+
+    def _named(self, name: str | None) -> str:
+        """The host that joins with the newcomers' ticket. Raises Refused."""
+        if name is None or not re.fullmatch(HOST_NAME, name) or name == NEWCOMER:
+            raise self._refusal(f"`{name}` is no name of a host", "give `astra agent` another with `--name`")
+        there = self._agents.get(name)
+        if name in self._tickets and (there is None or there.gone is None):
+            raise self._refusal(
+                f"this run has a host `{name}` already", "take that host's token file, or another name: `--name NAME`"
+            )
+        return name
 
     def _joined(self, agent: Agent) -> Joined:
         return Joined(agent.token, self._host_tokens[agent.host], self.lease_s, self._run)

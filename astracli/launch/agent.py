@@ -118,6 +118,8 @@ class AgentSetup:
     ticket: str
     folder: Path
     cache: Path
+    name: str
+    """How a host that joins later is called."""
     address: str | None = None
     wait_s: float = 600.0
     """For a hub that is not there yet."""
@@ -172,7 +174,7 @@ class Agent:
         facts = machine_read.probe()
         body = {
             "ident": self._ident, "address": self._address, "ports": ports.free_ports(PORTS, self._address),
-            "versions": dict(self._setup.versions), "facts": facts.document(),
+            "versions": dict(self._setup.versions), "facts": facts.document(), "name": self._setup.name,
         }  # fmt: skip
         deadline, said = time.monotonic() + self._setup.wait_s, False
         while True:

@@ -88,7 +88,7 @@ def build(context: RunContext, hub_url: str, sites: Mapping[str, Site] = Mapping
             )
     # with what the plan derived in its place
     rollout = context.recipe.rollout.model_copy(update={"max_running_requests": plan.running_requests})
-    common = {
+    common: dict[str, Any] = {
         "run_dir": context.run_dir.path.resolve(),
         "attempt": context.attempt,
         "hub_url": hub_url,

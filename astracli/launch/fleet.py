@@ -11,19 +11,21 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from astracli.config.recipe_run import LaunchTable
+from astracli.config.recipe_run import NEWCOMER, LaunchTable
 from astracli.errors import RunFailed
 from astracli.hub.agent_types import ProcessNews
 from astracli.hub.agents import Agents
+from astracli.launch import configs
 from astracli.launch.configs import RunContext, Site
 from astracli.launch.host_inputs import HostInputs
 from astracli.launch.launcher import Launcher, Process, Started
 from astracli.process.atomic import write_atomic
 from astracli.process.children import last_lines
+from astracli.process.config import Role
 from astracli.process.console import say
 from astracli.process.worker import LOST_EXIT
 
@@ -96,6 +98,8 @@ class Fleet:
         self._started: dict[int, RemoteProcess] = {}
         self._starts = 0
         self._lock = threading.Lock()
+        self._joined: list[str] = []
+        """Hosts beside the plan's."""
         self._told: set[tuple[str, str]] = set()
         self.url = ""
         self.inputs = HostInputs(context.inputs)
@@ -106,7 +110,14 @@ class Fleet:
             lease_s=self._limits.agent_lease_s,
             on_news=self._news,
             on_ticket=self._write_ticket,
+            newcomers=self._refuses_newcomers(),
         )
+
+    def _refuses_newcomers(self) -> str | None:
+        """Why no host may join beside the plan's; None when any may."""
+        if self._limits.deterministic:
+            return "a deterministic run keeps its engines"
+        return None if self._context.plan.choice.device == "cpu" else "only runs on CPUs take more hosts"
 
     # ---- hosts -------------------------------------------------------------------------------------------------------
 
@@ -125,9 +136,9 @@ class Fleet:
         self.url = url
         began, told = time.monotonic(), -WORDS_S
         shown = 0
-        for host in self.agents.hosts:
+        for host in self._limits.agents:
             say(f"host `{host}` is awaited: on it, give `{self.command(host)}`")
-        while absent := [host for host in self.agents.hosts if self.agents.state(host) != "here"]:
+        while absent := [host for host in self._limits.agents if self.agents.state(host) != "here"]:
             now = time.monotonic() - began
             for words in self.agents.refusals[shown:]:
                 say(f"warning: an agent was refused: {words}")
@@ -146,8 +157,10 @@ class Fleet:
                 raise RunFailed("the hub stopped serving")
             if interrupted.wait(0.1):
                 return
-        for host in self.agents.hosts:
+        for host in self._limits.agents:
             self._note(host)
+        if self._refuses_newcomers() is None:
+            say(f"more hosts may join: `{self.command(NEWCOMER)}`")
 
     def _note(self, host: str) -> None:
         """Say that an agent is there, and keep its host's facts."""
@@ -175,6 +188,24 @@ class Fleet:
                 found[host] = f"its agent {agent.gone}; on it, give `{self.command(host)}`"
             else:
                 found[host] = f"{agent.address}, runs {', '.join(running) or 'nothing'}"
+        return found
+
+    def newcomers(self) -> list[Process]:
+        """An engine and a rollout worker for each host that joined beside the plan's. The engine serves nothing before
+        it holds a version that was checked."""
+        found: list[Process] = []
+        for host in self.agents.hosts:
+            if host in self._limits.agents or host in self._joined or not self.has(host):
+                continue
+            self._joined.append(host)
+            plan, beyond = self._context.plan, len(self._joined) - 1
+            made = []
+            for role in (Role.ENGINE, Role.ROLLOUT):
+                like = [process for process in plan.processes if process.role is role]
+                name = f"{role.value}{len(like) + beyond}"
+                made.append(replace(like[0], name=name, host=host, restarts=0))
+            context = replace(self._context, plan=replace(plan, processes=tuple(made)))
+            found += [process.again() for process in configs.build(context, self.url, self.sites())]
         return found
 
     def has(self, host: str | None) -> bool:
@@ -288,7 +319,7 @@ class Fleet:
         left = [host for host in self.agents.hosts if self.agents.state(host) == "here"]
         if left:
             say(f"warning: {_names(left)} did not say that all has ended; its agent ends it when it hears nothing more")
-        for host in self.agents.hosts:
+        for host in (*self.agents.hosts, NEWCOMER):
             self._token_file(host).unlink(missing_ok=True)
 
     def usage(self) -> Mapping[str, tuple[int, int]]:

@@ -42,7 +42,8 @@ def serving(
             weights_app=weights_app(run.weights),
             metrics_path=run.metrics_jsonl,
             on_status=on_status,
-            **({"agents": fleet.agents, "inputs": fleet.inputs.file} if fleet is not None else {}),
+            agents=fleet.agents if fleet is not None else None,
+            inputs=fleet.inputs.file if fleet is not None else lambda name: None,
         )
         launch = context.recipe.launch
         server = ServerThread(app, ports.bind(launch.host, launch.port), launch.host).start()

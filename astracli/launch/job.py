@@ -179,8 +179,8 @@ class Job:
 
     @property
     def _hosts(self) -> bool:
-        """Whether agents start some of its processes."""
-        return any(process.host is not None for process in self.context.plan.processes)
+        """Whether agents start some of its processes, or may."""
+        return self.context.training and self.context.recipe.launch.hosts != "local"
 
     def _forks(self) -> Forks | None:
         """What forks this run's processes; None where each starts by itself."""

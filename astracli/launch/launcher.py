@@ -63,6 +63,9 @@ class Launcher(Protocol):
     def has(self, host: str | None) -> bool:
         """Whether processes can be started on a host; None: the one where the supervisor is."""
 
+    def newcomers(self) -> Sequence[Process]:
+        """Processes of hosts that have joined since this was asked last."""
+
     def hosts(self) -> Mapping[str, str]:
         """Other hosts than this one -> whether their agent is there and what it runs, in words."""
 

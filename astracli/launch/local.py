@@ -75,6 +75,9 @@ class LocalLauncher:
     def has(self, host: str | None) -> bool:
         return host is None
 
+    def newcomers(self) -> Sequence[Process]:
+        return ()
+
     def hosts(self) -> Mapping[str, str]:
         return {}
 

@@ -254,7 +254,11 @@ class Supervisor:
         self.status[process.name] = Status(waiting=f"an agent on `{host}`", restarts=self.status[process.name].restarts)
 
     def _look_for_hosts(self, now: float) -> None:
-        """Start again what waits for a host that is there now. Raises RunFailed when no engine is left for long."""
+        """Start again what waits for a host that is there now, and what a host that joined brings. Raises RunFailed
+        when no engine is left for long."""
+        for process in self._launcher.newcomers():
+            self.processes[process.name] = process
+            self._start_anew(process)
         for name, process in list(self._away.items()):
             if self._launcher.has(process.plan.host):
                 del self._away[name]
@@ -303,7 +307,9 @@ class Supervisor:
         self._retry = None if self._retried else retry
         self._done.clear()
         self._away.clear()
-        self.processes = {process.name: again.get(process.name, process) for process in processes}
+        planned = {process.name: again.get(process.name, process) for process in processes}
+        joined = {name: process.again() for name, process in self.processes.items() if name not in planned}
+        self.processes = planned | joined
         for name, process in self.processes.items():
             self._start_anew(process, self.status[name].restarts)
 

@@ -422,7 +422,8 @@ def test_sigterm_leaves(fleets: Fleets) -> None:
     agent_pid.send_signal(signal.SIGTERM)
     assert agent.wait(timeout=30) == 130 and not psutil.pid_exists(pid)
     gone = fleets.fleet.agents.agent("b")
-    assert gone is not None and gone.gone == "was told to leave" and lost.exited()
+    assert gone is not None and gone.gone == "was told to leave"
+    assert lost.exited() and lost.exit_code() == LOST_EXIT, "its host is gone: the process did not fail"
 
 
 # ---- versions

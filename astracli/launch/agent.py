@@ -142,6 +142,9 @@ class Agent:
         self._end = threading.Event()
         """The hub has ordered the end."""
         self._failure: RunFailed | None = None
+        self._over = threading.Event()
+        """Nothing is started any more."""
+        self._starting = threading.Lock()
 
     def run(self) -> str:
         """-> why it ended, in words."""
@@ -162,9 +165,10 @@ class Agent:
             orders.start()
             reason = self._watch(joined.lease_s)
             failure = self._failure  # what comes after this agent has left is none
+            self._over.set()
             self._end_all()
             with contextlib.suppress(httpx.TransportError, RunFailed):
-                self._report()
+                self._report(ends=False)  # what this agent has ended did not fail: its host is gone
                 self._hub.post("/agent/leave", {"reason": reason})
         if failure is not None:
             raise failure
@@ -236,10 +240,10 @@ class Agent:
         with self._lock:
             return any(not one.over and (one.child is None or one.child.exited()) for one in self._running.values())
 
-    def _report(self) -> None:
-        """Tell the hub what is new. An end is told with the last bytes of its log."""
+    def _report(self, ends: bool = True) -> None:
+        """Tell the hub what is new. An end is told with the last bytes of its log; without `ends` none is."""
         with self._lock:
-            news = {start: self._news(start, one) for start, one in self._running.items() if not one.over}
+            news = {start: self._news(start, one, ends) for start, one in self._running.items() if not one.over}
         launcher = self._launcher
         body = {
             "processes": [item for item, _ in news.values()],
@@ -254,8 +258,8 @@ class Agent:
                 one.told += size
                 one.over = item["exit_code"] is not None
 
-    def _news(self, start: int, one: Running) -> tuple[dict[str, Any], int]:
-        ended = one.child is None or one.child.exited()
+    def _news(self, start: int, one: Running, ends: bool) -> tuple[dict[str, Any], int]:
+        ended = ends and (one.child is None or one.child.exited())
         if ended and one.code is None and one.child is not None:
             assert self._launcher is not None
             self._launcher.stop([one.child], grace_s=0.5)  # and what it left behind
@@ -293,7 +297,8 @@ class Agent:
         if order.kind == "end":
             self._end.set()
         elif order.kind == "start":
-            self._start(order)
+            with self._starting:
+                self._start(order)
         elif order.kind == "stacks":
             one = self._running.get(order.start)
             if one is not None and one.child is not None:
@@ -312,8 +317,10 @@ class Agent:
         try:
             process = self._local(order.document)
             launcher = self._launcher = self._launcher or self._make_launcher(process)
-            while not launcher.ready():
+            while not (self._over.is_set() or launcher.ready()):
                 time.sleep(0.05)
+            if self._over.is_set():
+                return
             config = process.config
             name = self._setup.folder / "logs" / f"attempt_{config.attempt}" / f"{process.name}.log"
             position = name.stat().st_size if name.exists() else 0
@@ -363,7 +370,9 @@ class Agent:
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _end_all(self) -> None:
-        launcher = self._launcher
+        self._over.set()
+        with self._starting:
+            launcher = self._launcher
         if launcher is None:
             return
         with self._lock:

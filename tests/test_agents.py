@@ -32,7 +32,10 @@ from astracli.launch.fleet import versions as fleet_versions
 from astracli.launch.host_inputs import HostInputs, found
 from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
-from astracli.plan.hosts import spread
+from astracli.machine import documents
+from astracli.plan.hosts import shortage, spread
+from astracli.plan.memory import total
+from astracli.plan.types import LaunchPlan
 from astracli.process.config import Role
 from astracli.process.ports import bind
 from astracli.process.server import ServerThread
@@ -173,6 +176,23 @@ def test_orders_are_given_until_they_are_done(world: World) -> None:
 )
 def test_engines_are_divided_in_blocks(engines: int, hosts: tuple[str, ...], homes: list[str | None]) -> None:
     assert spread(engines, hosts) == homes
+
+
+def test_memory_is_counted_a_host() -> None:
+    one, two = (
+        run.planned(tiny(resources__engines=2, **more), "train") for more in ({}, {"launch__hosts": ["a", "b"]})
+    )
+
+    def host_memory(plan: LaunchPlan, host: str | None = None) -> int:
+        return total(plan.memory, where="host", fixed=True, host=host)
+
+    assert host_memory(two, "b") > 0 and host_memory(one) == host_memory(two) + host_memory(two, "b")
+    facts = documents.load("laptop")
+    assert shortage(two, "b", facts) is None
+    small = facts.model_copy(update={"system": facts.system.model_copy(update={"memory_total": 2**20})})
+    assert (shortage(two, "b", small) or "").endswith("of memory, it has 1.0 MiB")
+    names = [(reason.what, reason.where) for reason in two.placement.reasons]
+    assert names == [("host b", "engine0, engine1, rollout")] and not one.placement.reasons
 
 
 def test_processes_are_told_of_their_own_host(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
     if process.role is Role.EVAL:
         out = context.run_dir.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)
-    kept = [row for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY]
+    here = [row for row in plan.memory if row.where == "host" and row.host == process.host]
+    kept = [row for row in here if row.component is not Component.CHECKPOINT_COPY]
     return TrainerConfig(
         **own,
         device=plan.choice.device,

@@ -23,6 +23,8 @@ from astracli.launch import configs
 from astracli.launch.configs import RunContext, Site
 from astracli.launch.host_inputs import HostInputs
 from astracli.launch.launcher import Launcher, Process, Started
+from astracli.machine.facts import validate
+from astracli.plan import hosts
 from astracli.process.atomic import write_atomic
 from astracli.process.children import last_lines
 from astracli.process.config import Role
@@ -159,6 +161,10 @@ class Fleet:
                 return
         for host in self._limits.agents:
             self._note(host)
+            agent = self.agents.agent(host)
+            short = hosts.shortage(self._context.plan, host, validate(agent.facts)) if agent is not None else None
+            if short is not None:
+                raise RunFailed(short, "give it fewer engines (`resources.engines`), or name a larger host")
         if self._refuses_newcomers() is None:
             say(f"more hosts may join: `{self.command(NEWCOMER)}`")
 

@@ -137,6 +137,7 @@ class _Draft:
             # a worker that starts again does not know who has the GPU
             processes = [replace(process, restarts=0) for process in processes]
         disk = disk_rows(shape, recipe, self.checkpoint_bytes) if shape and self.command == "train" else []
+        placement = replace(placement, reasons=(*placement.reasons, *hosts.reasons(processes)))
         plan = LaunchPlan(
             recipe=recipe.name,
             command=self.command,
@@ -264,7 +265,9 @@ class _Draft:
                 rows += trainer_rows(process.name, load, device, placement.split, published)
             else:
                 rows.append(light_row(process.name, process.children))
-        return time_shared(rows, self.on_shared_gpus) if placement.time_sharing else rows
+        rows = time_shared(rows, self.on_shared_gpus) if placement.time_sharing else rows
+        homes = {process.name: process.host for process in self.processes}
+        return [replace(row, host=home) if (home := homes.get(row.process)) else row for row in rows]
 
     @property
     def on_shared_gpus(self) -> set[str]:

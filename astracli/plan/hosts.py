@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from astracli.config.recipe import Recipe
+from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
+from astracli.machine.memory import words
+from astracli.plan.memory import total
+from astracli.plan.offload import Reason
+from astracli.plan.types import LaunchPlan, ProcessPlan
 
 
 def spread(engines: int, agents: Sequence[str]) -> list[str | None]:
@@ -18,6 +23,20 @@ def spread(engines: int, agents: Sequence[str]) -> list[str | None]:
         return [None] * engines
     share, more = divmod(engines, len(agents))
     return [host for n, host in enumerate(agents) for _ in range(share + (n < more))]
+
+
+def reasons(processes: Sequence[ProcessPlan]) -> list[Reason]:
+    """Where processes of other hosts run, and by which rule; nothing on one host."""
+    rule = "engines in equal blocks over the hosts beside the first, a rollout worker with those of its host"
+    homes = list(dict.fromkeys(process.host for process in processes if process.host is not None))
+    names = {home: ", ".join(process.name for process in processes if process.host == home) for home in homes}
+    return [Reason(f"host {home}", names[home], rule) for home in homes]
+
+
+def shortage(plan: LaunchPlan, host: str, facts: Machine) -> str | None:
+    """What a host lacks for its processes, whatever the load; None when they fit."""
+    need, size = total(plan.memory, where="host", fixed=True, host=host), facts.system.memory_total
+    return f"host `{host}` needs at least {words(need)} of memory, it has {words(size)}" if need > size else None
 
 
 def problems(recipe: Recipe, engines: int, cuda: bool) -> list[PlanProblem]:

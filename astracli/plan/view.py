@@ -45,6 +45,8 @@ def render(plan: LaunchPlan) -> list[TextTable]:
 
 def _with_sums(rows: Sequence[MemoryRow], places: Sequence[Place]) -> list[tuple[str, ...]]:
     sums = [("all", "sum", place, words(total(rows, where=place)), "") for place in places if rows]
+    for host in dict.fromkeys(row.host for row in rows if row.host is not None):
+        sums += [(f"all on {host}", "sum", place, words(total(rows, where=place, host=host)), "") for place in places]
     return [*_each(rows), *sums]
 
 

@@ -33,6 +33,7 @@ from astracli.launch.host_inputs import HostInputs, found
 from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
 from astracli.machine import documents
+from astracli.machine.memory import words
 from astracli.plan.hosts import shortage, spread
 from astracli.plan.memory import total
 from astracli.plan.types import LaunchPlan
@@ -191,6 +192,11 @@ def test_memory_is_counted_a_host() -> None:
     assert shortage(two, "b", facts) is None
     small = facts.model_copy(update={"system": facts.system.model_copy(update={"memory_total": 2**20})})
     assert (shortage(two, "b", small) or "").endswith("of memory, it has 1.0 MiB")
+    fleet = {"b": small}
+    assert [p.message for p in run.planned(tiny(launch__hosts=["a", "b"]), "train", facts, fleet).problems] == [
+        f"host `b` needs at least {words(host_memory(run.planned(tiny(launch__hosts=['a', 'b']), 'train'), 'b'))} "
+        "of memory, it has 1.0 MiB"
+    ]
     names = [(reason.what, reason.where) for reason in two.placement.reasons]
     assert names == [("host b", "engine0, engine1, rollout")] and not one.placement.reasons
 

@@ -37,7 +37,7 @@ def train(
     recipe: options.RecipeOpt = None,
     set_: options.SetOpt = None,
     dry_run: options.DryRunOpt = False,
-    facts: options.FactsOpt = None,
+    facts: options.FleetFactsOpt = None,
     run_dir: options.RunDirOpt = None,
     resume: options.ResumeOpt = None,
     from_: FromOpt = None,
@@ -51,7 +51,8 @@ def train(
     --from starts a new run from the weights of another run, with the same recipe or another one. --json and --facts
     need --dry-run.
     """
-    refuse_facts(facts, dry_run, "train")
+    first, *others = facts or [None]
+    refuse_facts(first, dry_run, "train")
     if json and not dry_run:
         raise UserError(
             "--json prints a plan: it goes with --dry-run", "a run's figures: `astra runs status RUN --json`"
@@ -75,7 +76,7 @@ def train(
         loaded = options.load_recipe(recipe_name, recipe, set_, "train")
 
     if dry_run:
-        print_plan(_as_started(loaded, run, source), "train", out(json), facts, resumed=run)
+        print_plan(_as_started(loaded, run, source), "train", out(json), first, resumed=run, others=others)
         return
     from astracli.launch import run as launch
 

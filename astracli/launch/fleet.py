@@ -164,7 +164,7 @@ class Fleet:
             agent = self.agents.agent(host)
             short = hosts.shortage(self._context.plan, host, validate(agent.facts)) if agent is not None else None
             if short is not None:
-                raise RunFailed(short, "give it fewer engines (`resources.engines`), or name a larger host")
+                raise RunFailed(short, hosts.TOO_SMALL)
         if self._refuses_newcomers() is None:
             say(f"more hosts may join: `{self.command(NEWCOMER)}`")
 

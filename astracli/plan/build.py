@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 from astracli.backends.choice import BackendChoice
@@ -51,15 +52,18 @@ def build(
     config: Mapping[str, Any] | None = None,
     checkpoint_bytes: int | None = None,
     chat_template: str | None = None,
+    fleet: Mapping[str, Machine] = MappingProxyType({}),
 ) -> LaunchPlan:
-    """The plan of one command. `config`: the checkpoint's config.json; None when it is not on this machine, then the
-    sizes of a model that the adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text,
-    None when it is not known."""
+    """The plan of one command, on the host of `facts` and those of `fleet`, as far as these are known.
+
+    `config`: the checkpoint's config.json; None when it is not on this machine, then the sizes of a model that the
+    adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text, None when it is not known.
+    """
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
     if shape is not None and known is not None:
         shape = lora_targets.sized(shape, recipe.lora, adapter, known)
-    draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
+    draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes, fleet)
 
     def fit(other: Recipe) -> hints.Fit:
         tried = replace(draft, asked=other).plan(lambda otherwise: otherwise)
@@ -120,6 +124,7 @@ class _Draft:
     command: Command
     shape: MemoryShape | None
     checkpoint_bytes: int | None
+    fleet: Mapping[str, Machine]
 
     def plan(self, way_out: Callable[[str], str]) -> LaunchPlan:
         """`way_out(otherwise)`: the hint of a problem of size."""
@@ -157,6 +162,7 @@ class _Draft:
         engine_count = sum(process.role is Role.ENGINE for process in processes)
         found = [
             *(hosts.problems(recipe, engine_count, self.cuda) if self.command == "train" else ()),
+            *hosts.shortages(plan, self.fleet),
             *problems.gpu_problems(plan, recipe, facts, way_out),
             *problems.software_problems(recipe, self.choice, facts),
             *problems.size_problems(plan, recipe, shape, facts, way_out),

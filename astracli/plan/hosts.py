@@ -6,7 +6,7 @@ blocks, each block with a rollout worker beside it: prompts, tokens and staged w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from astracli.config.recipe import Recipe
 from astracli.machine.facts import Machine
@@ -15,6 +15,8 @@ from astracli.machine.memory import words
 from astracli.plan.memory import total
 from astracli.plan.offload import Reason
 from astracli.plan.types import LaunchPlan, ProcessPlan
+
+TOO_SMALL = "give it fewer engines (`resources.engines`), or name a larger host"
 
 
 def spread(engines: int, agents: Sequence[str]) -> list[str | None]:
@@ -37,6 +39,12 @@ def shortage(plan: LaunchPlan, host: str, facts: Machine) -> str | None:
     """What a host lacks for its processes, whatever the load; None when they fit."""
     need, size = total(plan.memory, where="host", fixed=True, host=host), facts.system.memory_total
     return f"host `{host}` needs at least {words(need)} of memory, it has {words(size)}" if need > size else None
+
+
+def shortages(plan: LaunchPlan, fleet: Mapping[str, Machine]) -> list[PlanProblem]:
+    """The same of each host whose facts are known."""
+    found = [words for host, facts in fleet.items() if (words := shortage(plan, host, facts)) is not None]
+    return [PlanProblem("memory", words, words, TOO_SMALL) for words in found]
 
 
 def problems(recipe: Recipe, engines: int, cuda: bool) -> list[PlanProblem]:

@@ -116,19 +116,19 @@ def test_the_engine_gives_its_memory_back_with_nothing_running_and_goes_on_after
             )
             following = asyncio.create_task(worker.follow())
             store.announce(0, 0)
-            await worker.open.wait()
+            await worker.gate.wait()
             request = GenRequest([5, 6], 400, stop_token_ids=(1,), seed=9)
             work = asyncio.create_task(worker.generate([request]))
             await asyncio.sleep(0.2)
             while not (await asyncio.to_thread(store.take_gpu_lease, "engine0", "trainer")).held:
                 await asyncio.sleep(0.02)
             (part,) = await work
-            assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.open.is_set()
+            assert engine.released == ["kv_cache", "weights"] and engine.running == 0 and not worker.gate.is_set()
             await asyncio.sleep(0.2)
             assert engine.released, "it stays away until the trainer gives the lease"
             store.announce(1, 1)
             store.give_gpu_lease("engine0", "trainer")
-            await worker.open.wait()
+            await worker.gate.wait()
             assert engine.released == [] and worker.version == 1
             (rest,) = await worker.generate([GenRequest([5, 6], 20, stop_token_ids=(1,), seed=9)])
             store.request_stop()
@@ -178,7 +178,7 @@ def test_lending_before_the_first_version_names_no_step(tmp_path: Path) -> None:
                     await asyncio.sleep(0.02)
                 store.announce(version, version)
                 store.give_gpu_lease("engine0", "trainer")
-                await worker.open.wait()
+                await worker.gate.wait()
             store.request_stop()
             await following
 

@@ -6,7 +6,7 @@ An update, in the order in which it happens (mode `abort`):
     close the gate      no new request leaves this worker
     abort, drain        every request ends its segment; partial tokens come back, all of the old version
     pause, apply, continue      with nothing running; the engine checks digests before it serves
-    report, open        the hub learns the version, then prompt + prefix are sent again
+    report, serve       the hub learns the version, then prompt + prefix are sent again
     read back           when due, beside generation, and before the report: results are held, and no evaluation begins,
                         until the weights are proven under HF names too
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from astracli.engines.contract import UNPROVEN, PauseMode, UpdateReply, WeightReceiver, flushes
@@ -37,6 +37,7 @@ from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
 from astracli.rollout.request_gate import EngineLost, RequestGate
 from astracli.rollout.slot_use import IdleWhile
+from astracli.rollout.weight_sync import Event, State
 
 TARGET_WAIT_S = 2.0
 """How long one question for the target version waits for another answer."""
@@ -57,12 +58,22 @@ class EngineWorker(RequestGate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._serving = False
-        self._wrong: int | None = None
+        self._disproved: int | None = None
         """What the engine says it holds, and a read-back has found it does not."""
-        self._held = False
+        self._base: int | None = None
+        """What a delta may start from: what the engine says it holds, serving or not."""
+        self._pinned = False
         """Whether an evaluation holds the engine at its version."""
-        self._held_idle = IdleWhile()
+        self._pinned_idle = IdleWhile()
+
+    def _tell(self, event: Event) -> None:
+        """Raises EngineLost when a request has found the engine gone meanwhile."""
+        self._expect_it()
+        self.sync.tell(event)
+
+    def _expect_it(self) -> None:
+        if self.sync.state is State.LOST:
+            raise EngineLost(f"{self.name} was lost")
 
     # ---- following the hub -------------------------------------------------------------------------------------------
 
@@ -70,25 +81,28 @@ class EngineWorker(RequestGate):
         """Keep the engine at the hub's target version until the hub says stop."""
         while True:
             try:
-                if not self._attached:
+                if self.sync.state is State.LOST:
                     await self._attach()
-                ready_to_serve, told = self._serving and not self.open.is_set(), self.open.is_set()
+                may_serve = self.sync.state is State.STARTING and self.version is not None
+                serves = self.sync.state is State.SERVING
                 reply: Target = await self.hub.target(
                     self.name,
-                    have=self.version if self.open.is_set() else None,
-                    pinned=self._held,
-                    wait_s=0.0 if ready_to_serve else TARGET_WAIT_S,
+                    have=self.version if serves else None,
+                    pinned=self._pinned,
+                    wait_s=0.0 if may_serve else TARGET_WAIT_S,
                 )
                 if reply.stop:
                     return
-                self._held = reply.pinned
-                self._held_idle.note(self._held, self.use.seconds().idle)
-                if told and reply.down:
-                    self._attached = False  # the supervisor saw it end: with nothing under way, nothing failed here
-                elif self.time_sharing and self._attached and reply.wanted:
+                self._pinned = reply.pinned
+                self._pinned_idle.note(self._pinned, self.use.seconds().idle)
+                if self.sync.state is State.LOST:
+                    continue
+                if serves and reply.down:
+                    self.sync.tell(Event.LOSE)  # the supervisor saw it end: with nothing under way, nothing failed here
+                elif self.time_sharing and reply.wanted:
                     if not await self._lend_gpu():
                         return
-                elif self._attached:
+                else:
                     await self._approach(reply.version)
             except EngineLost as error:
                 self._lose(error)
@@ -96,7 +110,7 @@ class EngineWorker(RequestGate):
     async def _lend_gpu(self) -> bool:
         """Let the trainer use the GPU, and take it back afterwards. False when the hub says stop meanwhile."""
         begun = time.monotonic()
-        self.open.clear()
+        self._tell(Event.LEND)
         await self._drain()
         await self.hub.engine_state(self.name, self.version, "updating")
         await self._call(self.engine.pause("abort"))
@@ -113,6 +127,7 @@ class EngineWorker(RequestGate):
         back = time.monotonic()
         await self._call(self.engine.resume_memory())
         await self._call(self.engine.resume())
+        self._tell(Event.RETURNED)
         record: dict[str, Any] = {"process": self.process, "engine": self.name}
         if self.version is not None:  # the trainer has the GPU first: it makes version 0
             record["step"] = self.version
@@ -122,140 +137,170 @@ class EngineWorker(RequestGate):
 
     async def _approach(self, target: int | None) -> None:
         """Bring the engine to `target`; without one, it serves what it started with."""
-        if self._serving and target in (None, self.version):
-            if not self.open.is_set():
+        if self.version is not None and target in (None, self.version):
+            if self.sync.state is State.STARTING:
                 await self._let_in()
         elif target is not None:
             await self._update(target)
 
     async def _attach(self) -> None:
-        """Wait for the engine and ask what it holds. The gate stays closed until that is the target.
+        """Wait for the engine and ask what it holds. Nobody is served until that is the target.
 
         An engine that was started again serves nothing before it was given weights.
         """
-        self.open.clear()  # an update may have opened it since the engine was lost, which the hub hears of anew
         if self._failures:
             await self.hub.engine_state(self.name, None, "down")
         await self.engine.wait_ready(self.ready_timeout_s)
         info = await self._call(self.engine.model_info())
         held = int(info["weight_version"])
-        self.version = held if held not in (UNPROVEN, self._wrong) else None
-        self._serving = self.version is not None and bool(info.get("serving", True))
+        self._base = held if held not in (UNPROVEN, self._disproved) else None
+        serving = bool(info.get("serving", True))
         if info.get("paused", True):  # not every engine says; to continue what runs changes nothing
             await self._call(self.engine.resume())
         if not self.fetcher.watched:  # our loader would first compile, and stage nothing, in a pause
-            named = UNPROVEN if self.version is None else self.version
+            named = UNPROVEN if self._base is None else self._base
             self.fetcher.wake(named)
             await self._call(self.engine.pause("abort"))
             await self._call(self.engine.apply_staged(named))  # refused by weights without a version; it runs now
             await self._call(self.engine.resume())
-        self._attached = True
+        self.sync.version = self._base if serving else None
+        self.sync.tell(Event.FOUND)
 
     async def _let_in(self) -> None:
         """The engine holds checked weights: tell the hub, then open the gate."""
+        self._expect_it()
         await self.hub.engine_state(self.name, self.version, "ready")
-        self.open.set()
+        self._tell(Event.SERVED)
 
     # ---- an update ---------------------------------------------------------------------------------------------------
 
     async def _update(self, target: int) -> None:
-        have = self.version if self.version != target else None
-        record: dict[str, Any] = {"process": self.process, "step": target, "engine": self.name, "resyncs": 0}
+        have = self._base if self._base != target else None
+        update = _Update(target)
         try:
-            await self._transfer(target, have, record)
+            await self._transfer(update, have)
         except EngineLost:
             raise
         except RunFailed as error:
-            await self._resync(target, record, error)
-        self.version, self._serving = target, True
-        due = record.pop("readback")
-        if due:  # the hub hears of it after the read-back: an evaluation would begin, whose answers nobody holds back
-            self.open.set()
+            await self._resync(update, error)
+        self.sync.version = target
+        if (
+            update.readback
+        ):  # the hub hears of it after the read-back: an evaluation would begin, and none holds answers
+            self._tell(Event.UNPROVEN)
         else:
             await self._let_in()
-        gate_closed = record.pop("gate_closed")
-        record["gap_s"] = time.monotonic() - gate_closed if gate_closed is not None else 0.0
-        if due:
-            await self._await_readback(target, record)
-        since = {"held_idle_s": self._held_idle.take(self._held, self.use.seconds().idle)} | self.usage()
-        await self.hub.metrics([record | since])
+        update.gap_ends()
+        if update.readback:
+            await self._await_readback(update)
+        since = {"held_idle_s": self._pinned_idle.take(self._pinned, self.use.seconds().idle)} | self.usage()
+        await self.hub.metrics([{"process": self.process, "engine": self.name} | update.record() | since])
 
-    async def _await_readback(self, target: int, record: dict[str, Any]) -> None:
-        """Wait for the read-back of `target`; weights that are not the trainer's are replaced by a full payload."""
+    async def _await_readback(self, update: _Update) -> None:
+        """Wait for the read-back; weights that are not the trainer's are replaced by a full payload."""
         try:
-            record |= await asyncio.to_thread(self.fetcher.readback, target)
+            found = await asyncio.to_thread(self.fetcher.readback, update.target)
         except RunFailed as error:
-            closed = time.monotonic()
-            self.open.clear()
-            self.version, self._serving, self._wrong = None, False, target
-            self._failed_readbacks += 1
-            self._readback_done.set()
-            await self._resync(target, record, error)
-            record.pop("gate_closed")
-            if record.pop("readback"):  # before it serves: the second time nobody trusts it
-                record |= await asyncio.to_thread(self.fetcher.readback, target)
-            self.version, self._serving = target, True
-            await self._let_in()
-            record["gap_s"] += time.monotonic() - closed
-        else:
-            if self.open.is_set():  # the engine may have been lost meanwhile
-                await self.hub.engine_state(self.name, target, "ready")
-        finally:
-            self._readback_done.set()
+            self._disproved = update.target
+            self.sync.tell(Event.DISPROVEN)
+            await self._replace(update, error)
+            return
+        except BaseException:
+            self.sync.proven.set()  # nobody waits for a worker that ends
+            raise
+        update.figures |= found
+        if self.sync.state is State.VERIFYING:  # it may have been lost meanwhile
+            await self.hub.engine_state(self.name, update.target, "ready")
+        self.sync.tell(Event.PROVEN)
 
-    async def _resync(self, target: int, record: dict[str, Any], cause: RunFailed) -> None:
+    async def _replace(self, update: _Update, cause: RunFailed) -> None:
+        """A full payload for weights that a read-back found wrong. It is read back before it serves: the second time
+        nobody trusts it."""
+        update.gap_begins()
+        await self._resync(update, cause)
+        if update.readback:
+            self._tell(Event.DOUBTED)
+            update.figures |= await asyncio.to_thread(self.fetcher.readback, update.target)
+        self.sync.version = update.target
+        if update.readback:
+            await self.hub.engine_state(self.name, update.target, "ready")
+            self.sync.tell(Event.PROVEN)
+        else:
+            await self._let_in()
+        update.gap_ends()
+
+    async def _resync(self, update: _Update, cause: RunFailed) -> None:
         """The weights did not become the target's: give the engine a full payload, once."""
-        record["resyncs"] += 1
+        update.resyncs += 1
         print(f"warning: {self.name}: {cause.message}; sending a full payload", file=sys.stderr, flush=True)
         try:
-            await self._transfer(target, None, record)
+            await self._transfer(update, None)
         except EngineLost:
             raise
         except RunFailed as error:
             raise RunFailed(
-                f"{self.name} could not be brought to version {target}: {cause.message}; "
+                f"{self.name} could not be brought to version {update.target}: {cause.message}; "
                 f"then, with a full payload: {error.message}",
                 "the engine's log and weights/ in the run directory say more",
             ) from error
 
-    async def _transfer(self, target: int, have: int | None, record: dict[str, Any]) -> None:
+    async def _transfer(self, update: _Update, have: int | None) -> None:
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
-        record.setdefault("gate_closed", None)
+        self._tell(Event.WANTED)
         begun = time.monotonic()
-        plan = await asyncio.to_thread(self.fetcher.fetch, target, have)
-        record |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
-        record |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
+        plan = await asyncio.to_thread(self.fetcher.fetch, update.target, have)
+        update.figures |= {"fetch_s": time.monotonic() - begun, "fetched_bytes": plan.bytes, "kind": plan.kind}
+        update.figures |= {"transfer_s": plan.transfer_s, "stage_s": plan.stage_s}
         if self.mode == "abort":
-            self._shut(record)
+            update.gap_begins()
+            self._tell(Event.SHUT)
             await self._drain()
-        proven = self._readback_done.is_set()
+        self._tell(Event.STAGED)
 
         def applied(reply: UpdateReply) -> None:  # in another thread; what this loop hears next is after the update
             if reply.outcome.get("readback"):  # it may be of weights that are not the trainer's
-                self._readback_done.clear()
+                self.sync.hold()
 
-        try:
-            update = await self._call(self.engine.update(target, self.mode, flush=flushes(self.mode), applied=applied))
-        except EngineLost:
-            if proven:
-                self._readback_done.set()
-            raise
-        if not update.success:
-            self._serving = False
-            self._shut(record)
-            self.version = None
-            self._failed_readbacks += 1  # requests that it found running went on with weights that nobody trusts
+        flush = flushes(self.mode)
+        reply = await self._call(self.engine.update(update.target, self.mode, flush=flush, applied=applied))
+        if not reply.success:
+            update.gap_begins()
+            self._tell(Event.REFUSED)  # requests that it found running went on with weights that nobody trusts
             await self._call(self.engine.abort_all())
             await self._call(self.engine.resume())
             await self._drain()
-            raise RunFailed(f"version {target} was not applied: {update.message}")
-        self._wrong = None
-        record |= {**update.seconds, "readback": bool(update.outcome.get("readback"))}
-        if "changed" in update.outcome:
-            record["changed"] = update.outcome["changed"]
+            raise RunFailed(f"version {update.target} was not applied: {reply.message}")
+        self._base, self._disproved = update.target, None
+        update.applied(reply)
 
-    def _shut(self, record: dict[str, Any]) -> None:
-        """Close the gate, and write down when that was: the first time of this update."""
-        if record["gate_closed"] is None:
-            record["gate_closed"] = time.monotonic()
-        self.open.clear()
+
+@dataclass
+class _Update:
+    """What an update came to: its line in the metrics."""
+
+    target: int
+    resyncs: int = 0
+    readback: bool = False
+    """Whether the version that was applied last has to be read back."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    gap_s: float = 0.0
+    _shut_at: float | None = None
+
+    def applied(self, reply: UpdateReply) -> None:
+        self.readback = bool(reply.outcome.get("readback"))
+        self.figures |= reply.seconds
+        if "changed" in reply.outcome:
+            self.figures["changed"] = reply.outcome["changed"]
+
+    def gap_begins(self) -> None:
+        """No request goes out from here on; the first time counts."""
+        if self._shut_at is None:
+            self._shut_at = time.monotonic()
+
+    def gap_ends(self) -> None:
+        if self._shut_at is not None:
+            self.gap_s += time.monotonic() - self._shut_at
+            self._shut_at = None
+
+    def record(self) -> dict[str, Any]:
+        return {"step": self.target, "resyncs": self.resyncs, "gap_s": self.gap_s, **self.figures}

@@ -1,7 +1,7 @@
 """One engine as requests see it: a gate, what is outstanding behind it, and which version their tokens bear.
 
-A request waits at the gate, and its result until the weights that made it are proven. `EngineWorker` opens and
-closes the gate.
+A request waits at the gate, and its result until the weights that made it are proven. Both follow from the state that
+`EngineWorker` tells (`weight_sync.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.rollout.slot_gate import SlotGate
 from astracli.rollout.slot_use import SlotUse
+from astracli.rollout.weight_sync import Event, State, WeightSync
 
 Heard = Callable[[int, GenResult, bool], None]
 """Called with a request's place in its call, its result, and whether that may be used before the call returns: the
@@ -39,27 +40,31 @@ class RequestGate:
     engine: EngineClient
 
     def __post_init__(self) -> None:
-        self.open = asyncio.Event()
-        """Set while requests may be sent."""
-        self.version: int | None = None
-        """What the engine holds; None when that is not known or not to be trusted."""
+        self.sync = WeightSync()
         self.changed = asyncio.Event()
         """Set whenever a sample has ended."""
         self.tokens = 0
         """Tokens generated for this worker."""
         self.use = SlotUse()
         self.slots = SlotGate(limit=sys.maxsize)
-        self._readback_done = asyncio.Event()
-        """Set unless a read-back is due: what comes back meanwhile waits for it."""
-        self._readback_done.set()
-        self._failed_readbacks = 0
         self._drained = asyncio.Event()
+        """Set while no request is under way."""
         self._drained.set()
-        self._attached = False
         self._failures = 0
+        """How often in a row the engine was lost."""
         self._last_update = (self.use.seconds(), 0)
         self._counts = {"aborted_samples": 0, "prefilled_again_tokens": 0}
         self._failed_episodes = 0
+
+    @property
+    def gate(self) -> asyncio.Event:
+        """Set while requests may be sent."""
+        return self.sync.gate
+
+    @property
+    def version(self) -> int | None:
+        """What the engine holds and may serve."""
+        return self.sync.version
 
     async def generate(self, requests: Sequence[GenRequest], heard: Heard | None = None) -> list[GenResult]:
         """Send requests once the gate is open; a result's `version` is the oldest in force during its request.
@@ -89,10 +94,9 @@ class RequestGate:
 
     async def _ask(self, requests: Sequence[GenRequest], heard: Heard | None) -> list[GenResult]:
         """One call to the engine."""
-        await self.open.wait()
-        version = self.version
+        await self.gate.wait()
+        version, voids = self.version, self.sync.voids
         assert version is not None
-        failed_readbacks = self._failed_readbacks
         left, begun = len(requests), time.monotonic()
         self.use.change(sent=left)
         self._drained.clear()
@@ -103,7 +107,7 @@ class RequestGate:
             late_s = 0.0 if result.engine_s is None else max(0.0, time.monotonic() - begun - result.engine_s)
             self.use.change(sent=-1, late_s=late_s)
             if heard is not None:
-                proven = self._readback_done.is_set() and self._failed_readbacks == failed_readbacks
+                proven = self.sync.proven.is_set() and self.sync.voids == voids
                 heard(place, with_oldest(result), proven)
 
         def with_oldest(result: GenResult) -> GenResult:
@@ -124,9 +128,9 @@ class RequestGate:
             if not self.use.sent:
                 self._drained.set()
         self._failures = 0
-        await self._readback_done.wait()
-        if self._failed_readbacks != failed_readbacks:
-            raise EngineLost(f"{self.name} generated with weights that are not the trainer's")
+        await self.sync.proven.wait()
+        if self.sync.voids != voids:
+            raise EngineLost(f"{self.name} generated with weights that were not proven to be the trainer's")
         self.tokens += sum(len(result.tokens) for result in results)
         return [with_oldest(result) for result in results]
 
@@ -140,10 +144,9 @@ class RequestGate:
         self._failed_episodes += episodes
 
     def _lose(self, error: RunFailed) -> None:
-        if self._attached:
-            self._attached = False
+        if self.sync.state is not State.LOST:
             self._failures += 1
-        self.open.clear()
+            self.sync.tell(Event.LOSE)
         if self._failures >= FAILURES_IN_A_ROW:
             raise error
 

@@ -127,7 +127,7 @@ class Rollout:
     async def _feed(self, worker: EngineWorker) -> None:
         """Keep the engine's slots full, as far as the hub grants leases."""
         while True:
-            await worker.open.wait()
+            await worker.gate.wait()
             wanted = self._wanted(worker)
             if wanted <= 0:
                 worker.changed.clear()
@@ -278,7 +278,7 @@ class Rollout:
             await asyncio.sleep(REPORT_S)
 
     def _wait_reason(self) -> str | None:
-        closed = [worker.name for worker in self.workers if not worker.open.is_set()]
+        closed = [worker.name for worker in self.workers if not worker.gate.is_set()]
         if len(closed) == len(self.workers):
             return f"weights or readiness of {', '.join(closed)}"
         return next((reason for reason in self._waits.values() if reason), None)

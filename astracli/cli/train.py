@@ -51,7 +51,8 @@ def train(
     --from starts a new run from the weights of another run, with the same recipe or another one. --json and --facts
     need --dry-run.
     """
-    first, *others = facts or [None]
+    documents: list[str | None] = [*(facts or [None])]
+    first, *others = documents
     refuse_facts(first, dry_run, "train")
     if json and not dry_run:
         raise UserError(

@@ -80,7 +80,6 @@ class Agents:
         self._lock = threading.RLock()
         self._agents: dict[str, Agent] = {}
         self._tickets: dict[str, str] = {}
-        self._newcomers = newcomers
         self._new = ""
         """The ticket of a host that has none of its own."""
         self._used: dict[str, tuple[str, str]] = {}

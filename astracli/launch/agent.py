@@ -28,6 +28,7 @@ from astracli.errors import AstraError, RunFailed, UserError
 from astracli.hub.agent_types import AGENT_LOG_BYTES, Joined, Order, Orders
 from astracli.hub.wire import unpack_answer
 from astracli.launch import fleet
+from astracli.launch.agent_hub import Hub, Revoked
 from astracli.launch.agent_relay import relay_app
 from astracli.launch.configs import interfaces
 from astracli.launch.forks import Forks
@@ -36,7 +37,7 @@ from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher, process_env
 from astracli.machine import read as machine_read
 from astracli.plan.types import ProcessPlan
-from astracli.process import children, intact, ports
+from astracli.process import children, ports
 from astracli.process.children import Child
 from astracli.process.config import EngineConfig, EvalConfig, ProcessConfig, Role, RolloutConfig, TrainerConfig
 from astracli.process.console import say
@@ -70,44 +71,6 @@ class Running:
     code: int | None = None
     over: bool = False
     """Its end has been told."""
-
-
-class Hub:
-    """The hub's routes for agents. Raises httpx.TransportError when it is not reached, RunFailed when it refuses."""
-
-    def __init__(self, url: str, token: str):
-        self._http = httpx.Client(base_url=url, timeout=30.0, trust_env=False, event_hooks=intact.hooks())
-        self.url, self.token = url, token
-
-    def post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        reply = self._http.post(path, content=json.dumps(body), headers={"Authorization": f"Bearer {self.token}"})
-        if reply.status_code == 401:
-            raise Revoked("the hub does not take this agent's token")
-        if reply.status_code >= 500:
-            raise httpx.RemoteProtocolError(f"the hub answered {reply.status_code}")
-        if reply.status_code >= 400:
-            said = reply.json()
-            raise RunFailed(f"the hub refused: {said['error']}", said.get("hint"))
-        return reply
-
-    def fetch(self, digest: str, size: int, path: Path) -> None:
-        """A file that processes read. Raises RunFailed."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        try:
-            with self._http.stream("GET", f"/agent/input/{digest}", headers=headers) as reply, path.open("wb") as file:
-                if reply.status_code != 200:
-                    raise RunFailed(f"the hub answered {reply.status_code} for a file of {size} bytes")
-                for part in reply.iter_bytes(1 << 20):
-                    file.write(part)
-        except httpx.TransportError as error:
-            raise RunFailed(f"a file of {size} bytes did not come: {error!r}") from None
-
-    def close(self) -> None:
-        self._http.close()
-
-
-class Revoked(RunFailed):
-    """The hub takes this agent's token no more: the run is over, or has given this host up."""
 
 
 @dataclass

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ from astracli.launch import configs
 from astracli.launch.configs import RunContext, Site
 from astracli.launch.host_inputs import HostInputs
 from astracli.launch.launcher import Launcher, Process, Started
+from astracli.launch.remote import RemoteProcess
 from astracli.machine.facts import validate
 from astracli.plan import hosts
 from astracli.process.atomic import write_atomic
-from astracli.process.children import last_lines
 from astracli.process.config import Role
 from astracli.process.console import say
-from astracli.process.worker import LOST_EXIT
 
 SAME_EVERYWHERE = ("astracli", "transformers")
 """Packages whose version must be the same on every host."""
@@ -49,44 +47,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-@dataclass(eq=False)
-class RemoteProcess:
-    """`launcher.Started` on another host, as its agent tells it."""
-
-    name: str
-    log: Path
-    host: str
-    start: int
-    _lost: Callable[[], bool]
-    _stacks: Callable[[], None]
-    _log_start: int = 0
-    written: int = 0
-    """Bytes of what it wrote that are in `log`."""
-    code: int | None = None
-    wrote: float = field(default_factory=time.time)
-
-    def exited(self) -> bool:
-        return self.code is not None or self._lost()
-
-    def exit_code(self) -> int:
-        return LOST_EXIT if self.code is None else self.code
-
-    def last_lines(self, count: int = 20) -> list[str]:
-        try:
-            with self.log.open("rb") as log:
-                size = log.seek(0, os.SEEK_END)
-                log.seek(max(self._log_start, size - 64 * 1024))
-                return last_lines(log, count)
-        except OSError:
-            return []
-
-    def log_time(self) -> float:
-        return self.wrote
-
-    def print_stacks(self) -> None:
-        self._stacks()
 
 
 class Fleet:

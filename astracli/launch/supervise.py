@@ -18,6 +18,7 @@ from astracli.config.recipe_run import LaunchTable
 from astracli.engines import registry as engines
 from astracli.engines.contract import explain
 from astracli.errors import RunFailed
+from astracli.launch.away import Away
 from astracli.launch.launcher import Launcher, Process, Started
 from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.process.config import Role
@@ -75,9 +76,7 @@ class Supervisor:
         self._hub, self._hub_alive = hub, hub_alive
         self._main = {process.name for process in processes if process.plan.role is main_role}
         self._done: set[str] = set()
-        self._away: dict[str, Process] = {}
-        """Processes whose host has no agent now."""
-        self._engines_seen = time.monotonic()
+        self._away = Away()
         self._limits = limits
         self._hint, self._hopeless = hint, hopeless
         self._tick = tick
@@ -248,9 +247,9 @@ class Supervisor:
         words = f"the agent of host `{host}` {self._launcher.gone(host)}"
         if self._limits.deterministic:
             raise RunFailed(f"{words}, and `{process.name}` with it", self._hint() or None)
-        if not any(other.plan.host == host for other in self._away.values()):
+        if not self._away.waits_for(host):
             self.warn(f"{words}: the run goes on without it, and uses it again when an agent is there")
-        self._away[process.name] = process.again()
+        self._away.add(process)
         self.status[process.name] = Status(waiting=f"an agent on `{host}`", restarts=self.status[process.name].restarts)
 
     def _look_for_hosts(self, now: float) -> None:
@@ -259,19 +258,11 @@ class Supervisor:
         for process in self._launcher.newcomers():
             self.processes[process.name] = process
             self._start_anew(process)
-        for name, process in list(self._away.items()):
-            if self._launcher.has(process.plan.host):
-                del self._away[name]
-                self._start_anew(process, self.status[name].restarts + 1)
+        for process in self._away.back(self._launcher.has):
+            self._start_anew(process, self.status[process.name].restarts + 1)
         engines_left = any(self.processes[name].plan.role is Role.ENGINE for name in self.children)
-        if engines_left or not self._away:
-            self._engines_seen = now
-        elif now - self._engines_seen > self._limits.ready_timeout_s:
-            hosts = ", ".join(sorted({f"`{process.plan.host}`" for process in self._away.values()}))
-            raise RunFailed(
-                f"no engine is left, and no agent came on {hosts} for {self._limits.ready_timeout_s:g} s",
-                self._hint() or None,
-            )
+        if (words := self._away.too_long(engines_left, now, self._limits.ready_timeout_s)) is not None:
+            raise RunFailed(words, self._hint() or None)
 
     def _lost_trainer(self, end: End, resumes: Resumes) -> None:
         """Go on from the newest checkpoint when what ended a rank may pass; else end the run with its cause."""

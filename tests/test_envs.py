@@ -124,8 +124,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_a_name_a_path_and_what_is_neither() -> None:
     assert registry.find("single_turn") is SingleTurnEnv and registry.find(f"{HERE}:Halves") is Halves
     for name, words in {
-        "single_tern": "no environment `single_tern` is installed (there is: single_turn, tools); did you mean "
-        "`single_turn`?",
+        "single_tern": "no environment `single_tern` is installed (there is: single_turn, tools, verifiers); did "
+        "you mean `single_turn`?",
         f"{HERE}:Nobody": "`test_envs` has no `Nobody`",
         f"{HERE}:LENGTH": "is no subclass of `astracli.envs.contract.Env`",
         "no_such_module:Env": "importing `no_such_module` failed: ModuleNotFoundError",

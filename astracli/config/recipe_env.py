@@ -38,4 +38,5 @@ class EnvTable(Table):
     """How many calls run at once in each process that plays episodes. Other calls wait, and this time does not count
     against their limit. None: four per core."""
     args: dict[str, Any] = Field(default={})
-    """Settings for an environment of your own, which reads them as `self.recipe.env.args`."""
+    """Settings for an environment of your own, which reads them as `self.recipe.env.args`. With `rollout.env =
+    "verifiers"`: `id`, the environment's name, and `args`, what it is loaded with."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GROUP = "astra.envs"
 """Entry points: name -> subclass of `Env`."""
 BUILT_IN = "single_turn"
-SHIPPED = (BUILT_IN, "tools")
+SHIPPED = (BUILT_IN, "tools", "verifiers")
 HOW_TO_ADD = (
     f"your own is `pkg.module:Class`, or a package with an entry point in `{GROUP}` that names a subclass of "
     "`astracli.envs.contract.Env`"
@@ -64,14 +64,17 @@ def validate(name: str) -> None:
         _ask(name, "")
 
 
-def check(name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
+def check(
+    name: str, recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any] | None = None
+) -> list[int] | None:
     """Raises UserError when an environment cannot work with a recipe, the checkpoint in `folder` and a problem that
-    asks with these turns: its own reasons, and those of its tools and of the chat template. Returns the tokens of the
-    problem's prompt; None when the environment did not ask for them, and of the single turn."""
+    asks with these turns, and comes from `row`: its own reasons, and those of its tools and of the chat template.
+    Returns the tokens of the problem's prompt; None when the environment did not ask for them, and of the single
+    turn."""
     if name == BUILT_IN:
         return None
     document = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "messages": [*map(dict, messages)]}
-    return _ask(name, json.dumps(document))
+    return _ask(name, json.dumps(document | {"row": dict(row or {})}, default=str))
 
 
 def _ask(name: str, document: str) -> list[int] | None:
@@ -103,7 +106,7 @@ def main() -> None:
     print(json.dumps({"refusal": refusal, "prompt": prompt}))
 
 
-def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> list[int] | None:
+def _try(kind: type[Env], recipe: Any, folder: str, messages: Any, row: Any) -> list[int] | None:
     """Make an Env as a run does, and let it look at a problem; the tokens of the prompt that it asked for."""
     from astracli.config.recipe import Recipe
     from astracli.data.prompts import Problem
@@ -119,7 +122,7 @@ def _try(kind: type[Env], recipe: Any, folder: str, messages: Any) -> list[int] 
     prompts = PromptTokens(tokenizer, ChatFormat.of(chosen))
     try:
         env = kind(EnvSetup(chosen, tokenizer, no_grader, prompts))
-        env.check(Problem("0", str(messages[-1]["content"]), "", messages=tuple(messages)))
+        env.check(Problem("0", str(messages[-1]["content"]), "", messages=tuple(messages), row=row))
         env.close()
     except AstraError:
         raise

@@ -54,9 +54,10 @@ class Inputs:
 class Ledger:
     """What the checks before a start refuse, by their names. What waits for a download is left until a start."""
 
-    def __init__(self, *, keep: bool, resumed: RunDir | None = None):
-        """`keep`: keep a refusal and go on; otherwise it is raised. `resumed`: the run that goes on."""
-        self.keep, self._resumed = keep, resumed
+    def __init__(self, *, keep: bool, resumed: RunDir | None = None, shows: bool = False):
+        """`keep`: keep a refusal and go on; otherwise it is raised. `resumed`: the run that goes on. `shows`: the first
+        prompt is wanted."""
+        self.keep, self._resumed, self.shows = keep, resumed, shows
         self.refused: list[tuple[str, UserError]] = []
         self.prompt: FirstPrompt | None = None
 
@@ -98,9 +99,10 @@ class Findings:
     """None: the command draws none, or what it is made of is not on this machine."""
 
 
-def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> Findings:
-    """What a start, or going on with a run, would refuse, in its words, and the first prompt; without a download."""
-    ledger = Ledger(keep=True, resumed=resumed)
+def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None, *, prompt: bool = True) -> Findings:
+    """What a start, or going on with a run, would refuse, in its words, and with `prompt` the first prompt (which
+    imports the tokenizer's library); without a download."""
+    ledger = Ledger(keep=True, resumed=resumed, shows=prompt)
     data, benchmarks = needs(recipe, command)
     with fetch.only_here():
         prepare(recipe, ledger, data=data, benchmarks=benchmarks, resumed=resumed)
@@ -140,7 +142,7 @@ def prepare(
     with ledger.check("environment"):
         if model is not None:
             asked = check_envs(recipe, model, first, trains=data, evaluates=bool(benchmarks))
-            if ledger.keep and data and known:
+            if ledger.shows and data and known:
                 ledger.prompt = _first_prompt(recipe, model, first, asked)
     with ledger.check("training data"):
         left = problem_files.decontaminated(recipe, paths, places, resumed) if paths else {}
@@ -223,8 +225,10 @@ def check_envs(
     from astracli.launch import first_prompt
 
     messages = first_prompt.first_turns(recipe, first)
+    asked = first.get(next(iter(recipe_data.sets(recipe.data))))
+    row = {} if asked is None else asked.row
     wanted = [recipe.rollout.env] * trains + [recipe.evaluation_env] * evaluates
-    return {name: envs.check(name, recipe, folder, messages) for name in dict.fromkeys(wanted)}
+    return {name: envs.check(name, recipe, folder, messages, row) for name in dict.fromkeys(wanted)}
 
 
 def check_checkpoint(folder: Path, recipe: Recipe) -> None:

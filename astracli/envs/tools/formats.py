@@ -39,6 +39,8 @@ Found = Call | Malformed
 class Format(Protocol):
     role: str
     """Of the turns that hold results."""
+    opening: str
+    """What stands before the first call of a turn."""
 
     def parse(self, text: str) -> list[Found]:
         """The calls of a turn, in its order."""
@@ -48,7 +50,7 @@ class Format(Protocol):
 class Hermes:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen2.5 and Qwen3, SmolLM3."""
 
-    role = "tool"
+    role, opening = "tool", "<tool_call>"
 
     def parse(self, text: str) -> list[Found]:
         return [
@@ -60,7 +62,7 @@ class Hermes:
 class QwenXml:
     """`<tool_call><function=NAME><parameter=KEY>value</parameter></function></tool_call>`: Qwen3-Coder and Qwen3.5."""
 
-    role = "tool"
+    role, opening = "tool", "<tool_call>"
     _function = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
     _parameter = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
@@ -87,7 +89,7 @@ class QwenXml:
 class LlamaJson:
     """A turn that is nothing but `{"name": ..., "parameters": {...}}`, several separated by `;`: Llama 3."""
 
-    role = "tool"
+    role, opening = "tool", "{"
     _decoder = json.JSONDecoder()
 
     def parse(self, text: str) -> list[Found]:
@@ -115,7 +117,7 @@ class CodeBlocks:
     """Blocks of Python between lines of three backticks; the tool `python` runs each. Any model, without a template for
     tools. The output comes as the user's next turn."""
 
-    role = "user"
+    role, opening = "user", "```"
     _block = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 
     def parse(self, text: str) -> list[Found]:

@@ -51,7 +51,7 @@ def train(
     --from starts a new run from the weights of another run, with the same recipe or another one. --json and --facts
     need --dry-run.
     """
-    documents: list[str | None] = [*(facts or [None])]
+    documents: list[str | None] = [*facts] if facts else [None]
     first, *others = documents
     refuse_facts(first, dry_run, "train")
     if json and not dry_run:

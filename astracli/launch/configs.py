@@ -17,7 +17,7 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
 from astracli.launch.restarts import Retry
 from astracli.machine.memory import Component
-from astracli.plan.types import LaunchPlan, ProcessPlan
+from astracli.plan.types import TRAINING, LaunchPlan, ProcessPlan
 from astracli.process import ports as net
 from astracli.process.config import (
     EngineAddress,
@@ -58,7 +58,7 @@ class RunContext:
 
     @property
     def training(self) -> bool:
-        return self.plan.command == "train"
+        return self.plan.command in TRAINING
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,13 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
     """Of a process that talks to the engines."""
     plan, leases = context.plan, tuple(context.plan.gpu_leases)
     if process.role is Role.ROLLOUT:
-        return RolloutConfig(**own, data_paths=dict(context.inputs.data), gpu_leases=leases, samples=context.samples)
+        return RolloutConfig(
+            **own,
+            data_paths=dict(context.inputs.data),
+            gpu_leases=leases,
+            samples=context.samples,
+            generates=plan.command != "sft",
+        )
     if process.role is Role.EVAL:
         out = context.run_dir.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)
@@ -179,6 +185,8 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         gpu_leases=leases,
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
         warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
+        teacher_path=context.inputs.teacher,
+        data_paths=dict(context.inputs.data) if plan.command == "sft" else {},
         host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )
 

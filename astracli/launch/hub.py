@@ -73,6 +73,7 @@ def _store(context: RunContext) -> HubStore:
         max_dropped_batches=recipe.rollout.max_dropped_batches,
         checkpoints=recipe.checkpoint.every > 0,
         gpu_leases=tuple(context.plan.gpu_leases),
+        own_batches=context.plan.command == "sft",
         checkpoint_every=recipe.checkpoint.every if recipe.checkpoint.best is not None else 0,
     )
     curriculum = _curriculum(context) if training else None

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 HISTORY_STEPS = 8
 """Last steps that the message of a run quotes whose numbers ended it."""
-MAIN_ROLE = {"train": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
+MAIN_ROLE = {"train": Role.TRAINER, "sft": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Job:
     @property
     def _hosts(self) -> bool:
         """Whether agents start some of its processes, or may."""
-        return self.context.training and self.context.recipe.launch.hosts != "local"
+        return self.context.plan.command == "train" and self.context.recipe.launch.hosts != "local"
 
     def _forks(self) -> Forks | None:
         """What forks this run's processes; None where each starts by itself."""
@@ -225,7 +225,7 @@ class Job:
         run = self.context.run_dir
         if not self.context.training:
             return f"the logs are in {run.attempt_logs(self.context.attempt)}"
-        return f"when that is mended, go on with `astra train --resume {run.path}`"
+        return f"when that is mended, go on with `astra {self.context.plan.command} --resume {run.path}`"
 
     def _best(self) -> dict[str, Any] | None:
         """The best checkpoint, with `checkpoint.best` and once one was evaluated."""

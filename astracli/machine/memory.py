@@ -47,6 +47,8 @@ class Component(Enum):
     MOMENTS = "moments (fp32)"
     REFERENCE = "reference (bf16)"
     REFERENCE_FP32 = "reference"
+    TEACHER = "teacher (bf16)"
+    TEACHER_FP32 = "teacher (fp32)"
     FROZEN_WEIGHTS = "frozen weights, adapters merged (bf16)"
     FROZEN_WEIGHTS_FP32 = "frozen weights, adapters merged (fp32)"
     BASE = "adapted matrices without their adapters (bf16)"

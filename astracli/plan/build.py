@@ -28,7 +28,7 @@ from astracli.plan.offload import Reason
 from astracli.plan.placement import Gpus, Placement, place, place_on_cpu, time_shared
 from astracli.plan.requests import settle
 from astracli.plan.trainer import SPARE_BYTES, trainer_rows
-from astracli.plan.types import Command, LaunchPlan, ProcessPlan
+from astracli.plan.types import TRAINING, Command, LaunchPlan, ProcessPlan
 from astracli.process import layout
 from astracli.process.config import Role
 
@@ -52,17 +52,19 @@ def build(
     config: Mapping[str, Any] | None = None,
     checkpoint_bytes: int | None = None,
     chat_template: str | None = None,
+    teacher: int = 0,
     fleet: Mapping[str, Machine] = MappingProxyType({}),
 ) -> LaunchPlan:
     """The plan of one command, on the host of `facts` and those of `fleet`, as far as these are known.
 
     `config`: the checkpoint's config.json; None when it is not on this machine, then the sizes of a model that the
     adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text, None when it is not known.
+    `teacher`: parameters of the model that the algorithm asks for, 0 without one.
     """
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
     if shape is not None and known is not None:
-        shape = lora_targets.sized(shape, recipe.lora, adapter, known)
+        shape = replace(lora_targets.sized(shape, recipe.lora, adapter, known), teacher=teacher)
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes, fleet)
 
     def fit(other: Recipe) -> hints.Fit:
@@ -136,12 +138,12 @@ class _Draft:
             memory = self.memory(placement)
         if roomy := self.room_to_publish(memory, placement.time_sharing):
             memory = self.memory(placement, roomy)
-        if shape and self.command == "train":
+        if shape and self.trains:
             placement, memory = staging.decide(processes, memory, shape, recipe, placement, facts)
         if placement.time_sharing:
             # a worker that starts again does not know who has the GPU
             processes = [replace(process, restarts=0) for process in processes]
-        disk = disk_rows(shape, recipe, self.checkpoint_bytes) if shape and self.command == "train" else []
+        disk = disk_rows(shape, recipe, self.checkpoint_bytes) if shape and self.trains else []
         placement = replace(placement, reasons=(*placement.reasons, *hosts.reasons(processes)))
         plan = LaunchPlan(
             recipe=recipe.name,
@@ -174,6 +176,15 @@ class _Draft:
     def cuda(self) -> bool:
         return self.choice.device == "cuda"
 
+    @property
+    def trains(self) -> bool:
+        return self.command in TRAINING
+
+    @property
+    def serves(self) -> bool:
+        """Whether there are engines: always, but in supervised training only for evaluations."""
+        return self.command != "sft" or self.asked.evaluation_due(self.asked.train.steps)
+
     @cached_property
     def gpus(self) -> Gpus:
         """Rollout first, then training; from the first GPU again when they share. Where this machine has fewer, indexes
@@ -184,10 +195,10 @@ class _Draft:
         visible = self.facts.visible_gpus
         beyond = max((gpu.index for gpu in visible), default=-1) + 1
         slots = [*(gpu.index for gpu in visible), *range(beyond, beyond + rollout + train)]
-        start = 0 if self.asked.resources.share_gpus else rollout
-        trainer = slots[start : start + train] if self.command == "train" else []
+        start = 0 if self.asked.resources.share_gpus or not self.serves else rollout
+        trainer = slots[start : start + train] if self.trains else []
         slowest = pace([gpu for gpu in visible if gpu.index in trainer], self.facts.peer_link)
-        return Gpus(self.facts.gpu_sizes, slots[:rollout], trainer, slowest)
+        return Gpus(self.facts.gpu_sizes, slots[:rollout] if self.serves else [], trainer, slowest)
 
     @cached_property
     def _settled(self) -> tuple[Recipe, str | None]:
@@ -200,14 +211,16 @@ class _Draft:
 
     @cached_property
     def processes(self) -> list[ProcessPlan]:
-        recipe, gpus, train = self.asked, self.gpus, self.command == "train"
+        recipe, gpus, train = self.asked, self.gpus, self.trains
         resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
-        engine_count = len(gpus.engine) if self.cuda else resources.engines
-        homes = hosts.spread(engine_count, recipe.launch.agents if train else ())
+        engine_count = len(gpus.engine) if self.cuda else resources.engines if self.serves else 0
+        homes = hosts.spread(engine_count, recipe.launch.agents if self.command == "train" else ())
         result = [
             self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1], host=home) for i, home in enumerate(homes)
         ]
-        if self.command != "eval":
+        if self.command == "sft" and self.serves:  # no prompts: it brings versions into the engines
+            result.append(self._process("rollout", Role.ROLLOUT))
+        elif self.command in ("train", "rollout"):
             for n, home in enumerate(dict.fromkeys(homes or [None])):  # one worker a host, for the engines there
                 result.append(self._process(f"rollout{n or ''}", Role.ROLLOUT, children=workers, host=home))
         ranks = (len(gpus.trainer) if self.cuda else resources.train_ranks) if train else 0
@@ -249,7 +262,7 @@ class _Draft:
     def placement(self, host: int | None = None) -> Placement:
         """`host`: bytes that trainers may use there, None while there is enough."""
         if not self.cuda:
-            ranks = self.recipe.resources.train_ranks if self.command == "train" else 1
+            ranks = self.recipe.resources.train_ranks if self.trains else 1
             return place_on_cpu(self.recipe, ranks)
         placed, (recipe, why) = place(self.recipe, self.shape, self.gpus, host), self._settled
         if why is None:

@@ -13,7 +13,9 @@ from astracli.plan.gpus import Margin
 from astracli.plan.placement import Placement
 from astracli.process.config import Role
 
-Command = Literal["train", "rollout", "eval"]
+Command = Literal["train", "sft", "rollout", "eval"]
+TRAINING: frozenset[str] = frozenset({"train", "sft"})
+"""Commands with a trainer."""
 
 
 @dataclass(frozen=True)

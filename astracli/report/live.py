@@ -93,6 +93,7 @@ class RunProgress:
         """The figures of one line, those that are known."""
         formats = (
             (REWARD, f"{words(REWARD)} {{:.2f}}"),
+            *([("loss", "loss {:.4f}")] if REWARD not in self.figures else []),
             ("tokens_per_s", "{:.0f} trained tok/s"),
             ("staleness_mean", f"{words('staleness_mean')} {{:.1f}}"),
         )

@@ -66,6 +66,16 @@ FactsOpt = Annotated[
         autocompletion=complete_facts,
     ),
 ]
+FleetFactsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--facts",
+        metavar="FILE|NAME",
+        help="Plan for another machine: a file that describes it, or a name that ships with astra, such as 8xl40. "
+        "Again for each further host of launch.hosts, in its order.",
+        autocompletion=complete_facts,
+    ),
+]
 RunDirOpt = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default: runs/RECIPE-YYYYmmdd-HHMMSS.")
 ]

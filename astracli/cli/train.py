@@ -37,7 +37,7 @@ def train(
     recipe: options.RecipeOpt = None,
     set_: options.SetOpt = None,
     dry_run: options.DryRunOpt = False,
-    facts: options.FactsOpt = None,
+    facts: options.FleetFactsOpt = None,
     run_dir: options.RunDirOpt = None,
     resume: options.ResumeOpt = None,
     from_: FromOpt = None,
@@ -60,7 +60,7 @@ def start(
     recipe: str | None,
     set_: list[str] | None,
     dry_run: bool,
-    facts: str | None,
+    facts: list[str] | None,
     run_dir: Path | None,
     resume: Path | None,
     from_: str | None,
@@ -68,7 +68,9 @@ def start(
     json: bool,
 ) -> None:
     """What `astra train` and `astra sft` do: plan, or run."""
-    refuse_facts(facts, dry_run, command)
+    documents: list[str | None] = [*facts] if facts else [None]
+    first, *others = documents
+    refuse_facts(first, dry_run, command)
     if json and not dry_run:
         raise UserError(
             "--json prints a plan: it goes with --dry-run", "a run's figures: `astra runs status RUN --json`"
@@ -96,7 +98,7 @@ def start(
 
         recipe_changes.require(loaded, command)
     if dry_run:
-        print_plan(_as_started(loaded, run, source), loaded.command, out(json), facts, resumed=run)
+        print_plan(_as_started(loaded, run, source), loaded.command, out(json), first, resumed=run, others=others)
         return
     from astracli.launch import run as launch
 

@@ -349,6 +349,12 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
+    def _coherent_hosts(self) -> Recipe:
+        if problem := self.launch.problem():
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _coherent_over_tables(self) -> Recipe:
         best, evaluation = self.checkpoint.best, self.eval
         if best is not None and best not in (*evaluation.benchmarks, "overall"):

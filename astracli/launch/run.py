@@ -36,9 +36,11 @@ from astracli.runs.changes import Changes
 from astracli.runs.run_dir import RunDir
 
 
-def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> LaunchPlan:
-    """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
-    only what is wrong."""
+def planned(
+    recipe: Recipe, command: Command, facts: Machine | None = None, fleet: Mapping[str, Machine] = MappingProxyType({})
+) -> LaunchPlan:
+    """The plan of a command, for this machine or the one that `facts` describes, and the hosts of `fleet`; never
+    refuses what a machine lacks, only what is wrong."""
     from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
@@ -63,6 +65,7 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
         checkpoint_bytes=size,
         chat_template=template,
         teacher=teacher_inputs.parameters(recipe) if command == "train" else 0,
+        fleet=fleet,
     )
 
 

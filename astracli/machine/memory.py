@@ -88,6 +88,8 @@ class MemoryRow:
     """Host memory for what was released from the GPU."""
     counts: tuple[int, ...] = ()
     """Filled into the value of the component."""
+    host: str | None = None
+    """Of a process on another host: its name; None: the first host."""
 
 
 def safe(estimated: int) -> int:

@@ -129,7 +129,8 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
         need, size = on_gpu(solid(plan.memory), names), facts.gpu_sizes.get(gpu)
         if size is not None and need > size >= on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
-    busy = sum(process.threads for process in plan.processes if process.role in (Role.ENGINE, Role.TRAINER))
+    here = [process for process in plan.processes if process.host is None]
+    busy = sum(process.threads for process in here if process.role in (Role.ENGINE, Role.TRAINER))
     cores = facts.system.cores_usable
     if plan.choice.device == "cpu" and busy > cores:
         result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")

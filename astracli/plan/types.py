@@ -38,6 +38,8 @@ class ProcessPlan:
     world_size: int = 1
     children: int = 0
     """Grading processes that it starts itself."""
+    host: str | None = None
+    """Where an agent starts it, by its name in `launch.hosts`; None: on the first host, where the supervisor is."""
 
 
 @dataclass(frozen=True)

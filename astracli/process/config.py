@@ -37,6 +37,8 @@ class EngineAddress(Table):
     url: str
     stage_dir: Path
     """Where payloads for it are staged."""
+    token: str | None = Field(default=None, repr=False)
+    """What it asks of its callers; None: the token of the caller's own config."""
 
 
 Keep = Literal["all", "right"]

@@ -42,6 +42,8 @@ def page(run: RunDir) -> StatusPage:
     rows += _evaluations(run)
     rows += [("from", found)] if (found := run_files.origin(run)) else []
     rows += [("changed", changes.words(line)) for line in changes.read(run)]
+    if status.state == "running" and status.alive():
+        rows += [("host", f"{name}: {words}") for name, words in status.hosts.items()]
     rows += [("waits", f"{name}: {words}") for name, words in _waits(status)]
     rows += [("warning", words) for words in _notes(run, status)]
     if status.cause and status.state == "failed":

@@ -19,7 +19,7 @@ async def engine_workers(
     """A worker for each engine of a process; `stack` closes what they use."""
     kind, recipe, workers = engines.get(config.engine), config.recipe, []
     for entry in config.engines:
-        client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
+        client = kind.client(entry.url, entry.token or config.token, name=entry.name, stage_dir=entry.stage_dir)
         engine = await stack.enter_async_context(client)
         subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
         stack.callback(subscriber.close)

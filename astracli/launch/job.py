@@ -28,6 +28,7 @@ from astracli.process.atomic import write_atomic
 from astracli.process.config import Role
 from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
+from astracli.report.alerts import Alerts
 from astracli.report.page import data as report_data
 from astracli.runs import changes as run_changes
 from astracli.runs import metrics, names
@@ -136,7 +137,8 @@ class Job:
                     return True
             processes = configs.build(context, server.url, fleet.sites() if fleet else {})
             place = Place(run)
-            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place)
+            alerts = Alerts(by_rewards=context.recipe.sft is None)
+            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place, alerts)
             usage = UsageLog(run, launcher, context.plan.gpu_map)
 
             def tick(supervisor: Supervisor) -> None:

@@ -76,6 +76,7 @@ class Watch:
             supervisor.warn(line)
         self._time_evaluations(state.evals, now)
         self._progress.feed(records, state, supervisor.status, supervisor.phase)
+        self._progress.hosts = {name: host for name in supervisor.status if (host := supervisor.host_of(name))}
         self._show()
         self._tell(supervisor, now)
 
@@ -86,6 +87,8 @@ class Watch:
             "phase": supervisor.phase,
             "waits": {name: status.words() for name, status in supervisor.status.items()},
         }
+        if hosts := supervisor.hosts():
+            found["hosts"] = dict(hosts)
         if found != self._last_told and now - self._told >= STATUS_EVERY_S:
             self._told, self._last_told = now, found
             self._run_dir.update(**found)

@@ -40,6 +40,8 @@ class Alerts:
             return self._start(record)
         if record.get("process") != "trainer" or "entropy" not in record or "step" not in record:
             return []
+        if "epoch" in record:  # supervised training: its entropy is meant to fall, and it has no reward
+            return []
         step = int(record["step"])
         found = []
         checks: tuple[Callable[[Mapping[str, Any]], str | None], ...] = (self._collapse, self._truncated, self._flat)

@@ -268,11 +268,10 @@ def test_a_run_that_lost_a_host_goes_on_and_takes_it_back(tmp_path: Path) -> Non
     hub, launcher = family.FakeHub(), Hosts(sample_s=0.1)
 
     def tick(supervisor: Any) -> None:
-        if supervisor._away:
+        if supervisor.away:
             launcher.there = launcher.back = True
 
-    watching = family.supervisor([engine, trainer], hub, tick=tick)
-    watching._launcher = launcher
+    watching = family.supervisor([engine, trainer], hub, tick=tick, launcher=launcher)
     assert watching.run() is False and hub.released == ["engine0"]
     words = "the run goes on without it, and uses it again when an agent is there"
     assert watching.notes == [f"the agent of host `b` was not heard for 5 s: {words}"]
@@ -328,7 +327,7 @@ class Fleets:
     made: list[Any] = field(default_factory=list)
 
     def agent(self, host: str, *more: str) -> Any:
-        token = self.fleet._token_file(host)
+        token = self.fleet.token_file(host)
         words = ["-m", "astracli", "agent", self.server.url, "--token-file", str(token), *more]
         folder = self.path / f"agent{len(self.made)}"
         child = warm.start([*words, "--dir", str(folder)], self.path / f"{folder.name}.log")
@@ -379,7 +378,7 @@ def test_an_agent_tells_of_its_processes_and_ends_with_the_run(fleets: Fleets) -
     fails = fleets.start("rollout", "print('one'); print('two', flush=True); raise SystemExit(7)")
     family.wait_for(fails.exited)
     assert (fails.exit_code(), fails.last_lines()) == (7, ["one", "two"])
-    assert fails.log == fleets.fleet._run.attempt_logs(1) / "rollout.log", "where `astra runs logs` reads"
+    assert fails.log.parts[-3:] == ("logs", "attempt_1", "rollout.log"), "where `astra runs logs` reads"
     sleeps = fleets.start("rollout1", SLEEPS)
     pid = pid_in(sleeps)
     fleets.fleet.stop([sleeps], grace_s=1.0)
@@ -420,7 +419,9 @@ def test_an_agent_that_hears_no_hub_ends_its_processes(fleets: Fleets) -> None:
 
 def test_a_host_that_joins_brings_an_engine_that_waits_for_checked_weights(fleets: Fleets) -> None:
     assert list(fleets.fleet.newcomers()) == []
-    fleets.fleet.agents.join("new", fleets.fleet.agents._new, "i", "127.0.0.1", [7001], fleet_versions(), {}, "x")
+    fleets.fleet.agents.join(
+        "new", fleets.fleet.agents.ticket("new"), "i", "127.0.0.1", [7001], fleet_versions(), {}, "x"
+    )
     engine, rollout = fleets.fleet.newcomers()
     assert list(fleets.fleet.newcomers()) == [], "each host once"
     assert (engine.name, rollout.name) == ("engine1", "rollout1") and engine.plan.host == rollout.plan.host == "x"
@@ -458,8 +459,7 @@ def test_sigterm_leaves(fleets: Fleets) -> None:
 def test_a_host_fetches_each_file_once_and_checks_it(tmp_path: Path, server: Server) -> None:
     published = tmp_path / "weights"
     publish(published, chain(2))
-    cache = HostCache(server.url, TOKEN, tmp_path / "cache")
-    cache._source.link_bytes = None  # as where publisher and host share no disk
+    cache = HostCache(server.url, TOKEN, tmp_path / "cache", link_bytes=None)  # they share no disk
     try:
         listing = cache.listing()
         assert listing["latest"] == 1 and listing["store"]["directory"] == str((tmp_path / "cache").resolve())

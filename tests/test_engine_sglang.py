@@ -292,6 +292,9 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     assert {"--enable-prefill-delayer", "--prefill-delayer-queue-min-ratio=0.05"} <= set(found)
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
+    stops = recipe.model_copy(update={"rollout": rollout.model_copy(update={"stop": ["\n"]})})
+    found = arguments(config.model_copy(update={"recipe": stops}), Path("/m"), OPTIONS, {})
+    assert f"--tokenizer-path={config.model_path}" in found and "--skip-tokenizer-init" not in found
     planned = config.model_copy(update={"time_sharing": True, "mem_fraction_static": 0.31})
     found = arguments(planned, Path("/m"), OPTIONS, {})
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"

@@ -114,7 +114,8 @@ class Agents:
         return list(self._tickets)
 
     def ticket(self, host: str) -> str:
-        return self._tickets[host]
+        """Of a planned host; of `new`, that for the next host that is not planned."""
+        return self._new if host == NEWCOMER else self._tickets[host]
 
     def host_token(self, host: str) -> str:
         """What the processes of that host, and those that talk to them, show each other."""

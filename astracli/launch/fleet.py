@@ -83,15 +83,15 @@ class Fleet:
 
     # ---- hosts -------------------------------------------------------------------------------------------------------
 
-    def _token_file(self, host: str) -> Path:
+    def token_file(self, host: str) -> Path:
         return self._tokens / f"{host}.token"
 
     def _write_ticket(self, host: str, ticket: str) -> None:
-        write_atomic(self._token_file(host), ticket + "\n", mode=0o600)
+        write_atomic(self.token_file(host), ticket + "\n", mode=0o600)
 
     def command(self, host: str) -> str:
         """What to give on a host."""
-        return f"astra agent {self.url} --token-file {self._token_file(host).resolve()}"
+        return f"astra agent {self.url} --token-file {self.token_file(host).resolve()}"
 
     def gather(self, url: str, interrupted: threading.Event, hub_alive: Callable[[], bool]) -> None:
         """Wait until every host of the plan has its agent; returns early when interrupted. Raises RunFailed."""
@@ -286,7 +286,7 @@ class Fleet:
         if left:
             say(f"warning: {_names(left)} did not say that all has ended; its agent ends it when it hears nothing more")
         for host in (*self.agents.hosts, NEWCOMER):
-            self._token_file(host).unlink(missing_ok=True)
+            self.token_file(host).unlink(missing_ok=True)
 
     def usage(self) -> Mapping[str, tuple[int, int]]:
         found = dict(self._local.usage())

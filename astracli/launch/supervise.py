@@ -76,7 +76,7 @@ class Supervisor:
         self._hub, self._hub_alive = hub, hub_alive
         self._main = {process.name for process in processes if process.plan.role is main_role}
         self._done: set[str] = set()
-        self._away = Away()
+        self.away = Away()
         self._limits = limits
         self._hint, self._hopeless = hint, hopeless
         self._tick = tick
@@ -247,9 +247,9 @@ class Supervisor:
         words = f"the agent of host `{host}` {self._launcher.gone(host)}"
         if self._limits.deterministic:
             raise RunFailed(f"{words}, and `{process.name}` with it", self._hint() or None)
-        if not self._away.waits_for(host):
+        if not self.away.waits_for(host):
             self.warn(f"{words}: the run goes on without it, and uses it again when an agent is there")
-        self._away.add(process)
+        self.away.add(process)
         self.status[process.name] = Status(waiting=f"an agent on `{host}`", restarts=self.status[process.name].restarts)
 
     def _look_for_hosts(self, now: float) -> None:
@@ -258,10 +258,10 @@ class Supervisor:
         for process in self._launcher.newcomers():
             self.processes[process.name] = process
             self._start_anew(process)
-        for process in self._away.back(self._launcher.has):
+        for process in self.away.back(self._launcher.has):
             self._start_anew(process, self.status[process.name].restarts + 1)
         engines_left = any(self.processes[name].plan.role is Role.ENGINE for name in self.children)
-        if (words := self._away.too_long(engines_left, now, self._limits.ready_timeout_s)) is not None:
+        if (words := self.away.too_long(engines_left, now, self._limits.ready_timeout_s)) is not None:
             raise RunFailed(words, self._hint() or None)
 
     def _lost_trainer(self, end: End, resumes: Resumes) -> None:
@@ -297,7 +297,7 @@ class Supervisor:
         again = {rank.name: rank for rank in retry.processes()} if self._retried and retry is not None else {}
         self._retry = None if self._retried else retry
         self._done.clear()
-        self._away.clear()
+        self.away.clear()
         planned = {process.name: again.get(process.name, process) for process in processes}
         joined = {name: process.again() for name, process in self.processes.items() if name not in planned}
         self.processes = planned | joined

@@ -27,8 +27,9 @@ TRIES = 2
 class HostCache:
     """Thread-safe. Raises RunFailed when the publisher is not reached, WeightCorrupt for a file that stays corrupt."""
 
-    def __init__(self, url: str, token: str, directory: Path):
-        self._source = Downloader(url, token, RETRIES, link_bytes=8 << 20)
+    def __init__(self, url: str, token: str, directory: Path, *, link_bytes: int | None = 8 << 20):
+        """`link_bytes`: larger files are linked where publisher and host share a disk; None: none is."""
+        self._source = Downloader(url, token, RETRIES, link_bytes=link_bytes)
         self._directory = directory.resolve()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._nonce = secrets.token_hex(16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,11 @@ class RunContext:
         return self.plan.command == "train"
 
 
-def build(context: RunContext, hub_url: str) -> list[Process]:
-    """Every process of the plan, with ports that are free now."""
+def build(context: RunContext, hub_url: str, held: ExitStack) -> list[Process]:
+    """Every process of the plan, with ports that are theirs until `held` is closed."""
     host, plan = context.recipe.launch.host, context.plan
     names = [process.name for process in plan.processes if process.role is Role.ENGINE]
-    *ports, rendezvous = net.free_ports(len(names) + 1, host)
+    *ports, rendezvous = net.held_ports(len(names) + 1, host, held)
     port_of, stage = dict(zip(names, ports, strict=True)), context.run_dir.stage.resolve()
     engines = tuple(
         EngineAddress(name=name, url=net.url(host, port), stage_dir=stage / name) for name, port in port_of.items()
@@ -92,7 +93,7 @@ def build(context: RunContext, hub_url: str) -> list[Process]:
     return processes
 
 
-def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
+def retry(context: RunContext, processes: Sequence[Process], held: ExitStack) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [process for process in processes if process.plan.role is Role.TRAINER]
     known = all(os.environ.get(name) == value for name, value in WITHOUT_PEERS.items())
@@ -100,7 +101,7 @@ def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
         return None
 
     def again() -> list[Process]:
-        (port,) = net.free_ports(1, context.recipe.launch.host)
+        (port,) = net.held_ports(1, context.recipe.launch.host, held)
         env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 

@@ -125,7 +125,7 @@ class Job:
             launcher = LocalLauncher(run.lock_fd, forks=self._forks())
             stack.callback(launcher.close)
             store, server = stack.enter_context(hub.serving(context, lambda body: supervisor.on_status(body)))
-            processes = configs.build(context, server.url)
+            processes = configs.build(context, server.url, stack)
             place = Place(run)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place)
             usage = UsageLog(run, launcher, context.plan.gpu_map)
@@ -145,8 +145,8 @@ class Job:
                 hint=self._hint,
                 hopeless=lambda: no_signal.failure(store, context),
                 tick=tick,
-                retry=configs.retry(context, processes),
-                resumes=self._resumes(store, server.url),
+                retry=configs.retry(context, processes, stack),
+                resumes=self._resumes(store, server.url, stack),
                 interrupted=interrupted,
                 log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
@@ -175,7 +175,7 @@ class Job:
             return None
         return Forks(plan.processes, recipe, lambda process: process_env(process, recipe.launch.host))
 
-    def _resumes(self, store: HubStore, hub_url: str) -> Resumes | None:
+    def _resumes(self, store: HubStore, hub_url: str, held: contextlib.ExitStack) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
         or because it makes no checkpoints."""
         context, recipe = self.context, self.context.recipe
@@ -191,8 +191,8 @@ class Job:
             store.rewind(step, step)
             shutil.rmtree(context.run_dir.stage, ignore_errors=True)
             again = replace(context, resume_step=step, start=number)
-            processes = configs.build(again, hub_url)
-            return Start(step, processes, configs.retry(again, processes))
+            processes = configs.build(again, hub_url, held)
+            return Start(step, processes, configs.retry(again, processes, held))
 
         return Resumes(limit, start, step=context.resume_step or 0)
 

@@ -41,7 +41,7 @@ def held_ports(count: int, host: str, stack: ExitStack) -> list[int]:
     """`free_ports` that stay ours until `stack` is closed: no other program is given them by the system meanwhile.
 
     On Linux a port that is bound, and not listened on, can still be bound by whoever sets SO_REUSEADDR and names it, as
-    our engines, SGLang and torch's store do. Elsewhere it could not, and nothing is held.
+    engines and our store of ranks do. Elsewhere it could not, and nothing is held.
     """
     if sys.platform != "linux":
         return free_ports(count, host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -210,7 +211,9 @@ def test_processes_are_told_of_their_own_host(tmp_path: Path) -> None:
     ]  # fmt: skip
     sites = {host: configs.Site(f"127.0.0.{n}", (5001, 5002), f"of-{host}") for n, host in ((2, "b"), (3, "c"))}
     context = RunContext(recipe, plan, RunDir(tmp_path), 1, INPUTS, token="run")
-    told = {process.name: process.config for process in configs.build(context, "http://127.0.0.1:1", sites)}
+    with contextlib.ExitStack() as held:
+        processes = configs.build(context, "http://127.0.0.1:1", held, sites)
+    told = {process.name: process.config for process in processes}
     rollout, evaluation = told["rollout"], told["eval"]
     assert [e.url for e in rollout.engines] == ["http://127.0.0.2:5001", "http://127.0.0.2:5002"]  # type: ignore[attr-defined]
     assert [e.token for e in evaluation.engines] == ["of-b", "of-b", "of-c"]  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -72,10 +73,12 @@ class Site:
     """What they ask of their callers."""
 
 
-def build(context: RunContext, hub_url: str, sites: Mapping[str, Site] = MappingProxyType({})) -> list[Process]:
-    """Every process of the plan, with ports that are free now. `sites`: the other hosts of the plan."""
+def build(
+    context: RunContext, hub_url: str, held: ExitStack, sites: Mapping[str, Site] = MappingProxyType({})
+) -> list[Process]:
+    """Every process of the plan, with ports that are theirs until `held` is closed. `sites`: the other hosts."""
     host, plan = context.recipe.launch.host, context.plan
-    *ports, rendezvous = net.free_ports(sum(p.role is Role.ENGINE for p in plan.processes) + 1, host)
+    *ports, rendezvous = net.held_ports(sum(p.role is Role.ENGINE for p in plan.processes) + 1, host, held)
     here, stage = Site(host, tuple(ports), context.token), context.run_dir.stage.resolve()
     free = {name: iter(site.ports) for name, site in (*sites.items(), (None, here))}
     engines = {}
@@ -118,7 +121,7 @@ def build(context: RunContext, hub_url: str, sites: Mapping[str, Site] = Mapping
     return processes
 
 
-def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
+def retry(context: RunContext, processes: Sequence[Process], held: ExitStack) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [process for process in processes if process.plan.role is Role.TRAINER]
     known = all(os.environ.get(name) == value for name, value in WITHOUT_PEERS.items())
@@ -126,7 +129,7 @@ def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
         return None
 
     def again() -> list[Process]:
-        (port,) = net.free_ports(1, context.recipe.launch.host)
+        (port,) = net.held_ports(1, context.recipe.launch.host, held)
         env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 

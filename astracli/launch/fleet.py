@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ class Fleet:
                 name = f"{role.value}{len(like) + beyond}"
                 made.append(replace(like[0], name=name, host=host, restarts=0))
             context = replace(self._context, plan=replace(plan, processes=tuple(made)))
-            found += [process.again() for process in configs.build(context, self.url, self.sites())]
+            with ExitStack() as none:  # its host has its own ports
+                found += [process.again() for process in configs.build(context, self.url, none, self.sites())]
         return found
 
     def has(self, host: str | None) -> bool:

@@ -135,7 +135,7 @@ class Job:
                 fleet.gather(server.url, interrupted, lambda: server.alive)
                 if interrupted.is_set():
                     return True
-            processes = configs.build(context, server.url, fleet.sites() if fleet else {})
+            processes = configs.build(context, server.url, stack, fleet.sites() if fleet else {})
             place = Place(run)
             alerts = Alerts(by_rewards=context.recipe.sft is None)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place, alerts)
@@ -156,8 +156,8 @@ class Job:
                 hint=self._hint,
                 hopeless=lambda: no_signal.failure(store, context),
                 tick=tick,
-                retry=configs.retry(context, processes),
-                resumes=self._resumes(store, server.url, fleet),
+                retry=configs.retry(context, processes, stack),
+                resumes=self._resumes(store, server.url, fleet, stack),
                 interrupted=interrupted,
                 log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
@@ -192,7 +192,9 @@ class Job:
         here = [process for process in plan.processes if process.host is None]
         return Forks(here, recipe, lambda process: process_env(process, recipe.launch.host))
 
-    def _resumes(self, store: HubStore, hub_url: str, fleet: Fleet | None) -> Resumes | None:
+    def _resumes(
+        self, store: HubStore, hub_url: str, fleet: Fleet | None, held: contextlib.ExitStack
+    ) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
         or because it makes no checkpoints."""
         context, recipe = self.context, self.context.recipe
@@ -208,8 +210,8 @@ class Job:
             store.rewind(step, step)
             shutil.rmtree(context.run_dir.stage, ignore_errors=True)
             again = replace(context, resume_step=step, start=number)
-            processes = configs.build(again, hub_url, fleet.sites() if fleet else {})
-            return Start(step, processes, configs.retry(again, processes))
+            processes = configs.build(again, hub_url, held, fleet.sites() if fleet else {})
+            return Start(step, processes, configs.retry(again, processes, held))
 
         return Resumes(limit, start, step=context.resume_step or 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ def engine(**fields: Any) -> EngineConfig:
 
 
 def rollout(**fields: Any) -> RolloutConfig:
-    own = dict(name="rollout", data_paths={"": None}, engines=(), gpu_leases=(), samples=None)
+    own = dict(name="rollout", data_paths={"": None}, engines=(), gpu_leases=(), samples=None, generates=True)
     return _made(RolloutConfig, own, fields)
 
 
@@ -35,6 +34,7 @@ def trainer(**fields: Any) -> TrainerConfig:
     own = dict(
         name="trainer", device="cpu", engines=(), attention="sdpa", gdn_backward="none", resume_step=None, start=0,
         initial=None, split=RESIDENT, shared=False, gpu_leases=(), leaves=False, host_bytes=0, warm_up=False,
+        data_paths={}, teacher_path=None,
     )  # fmt: skip
     return _made(TrainerConfig, own, fields)
 
@@ -55,5 +55,4 @@ def _made(kind: type[C], own: dict[str, Any], fields: dict[str, Any]) -> C:
 def of_plan(recipe: Recipe, plan: LaunchPlan, run: Path = Path("/run")) -> dict[str, Any]:
     """Process -> what a new run of this plan tells it."""
     context = RunContext(recipe, plan, RunDir(run), 1, Inputs(Path("/m"), {"": None}, {}))
-    with ExitStack() as held:
-        return {process.name: process.config for process in build(context, "http://127.0.0.1:1", held)}
+    return {process.name: process.config for process in build(context, "http://127.0.0.1:1")}

@@ -283,6 +283,18 @@ class Elsewhere:
             last_lines=lambda count=20: ["error: no disk"], log_time=lambda: 0.0, print_stacks=lambda: None,
         )  # fmt: skip
 
+    def has(self, host: str | None) -> bool:
+        return host is None
+
+    def newcomers(self) -> list[Any]:
+        return []
+
+    def hosts(self) -> dict[str, str]:
+        return {}
+
+    def gone(self, host: str) -> str:
+        return ""
+
     def ready(self) -> bool:
         return True
 

@@ -57,7 +57,7 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
     from astracli.report import run_files, status_page
 
-    found = the_run(run, "train")
+    found = the_run(run, training=True)
     if json:
         recorded = found.status()
         out(json).document(

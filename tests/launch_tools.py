@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ def context_of(recipe: Recipe, path: Path, **more: Any) -> RunContext:
 
 
 def build(context: RunContext) -> list[Process]:
-    with ExitStack() as held:
-        return configs.build(context, "http://127.0.0.1:1", held)
+    return configs.build(context, "http://127.0.0.1:1")
 
 
 def specs_of(context: RunContext) -> dict[str, ChildSpec]:

@@ -108,6 +108,8 @@ class Agent:
         self._over = threading.Event()
         """Nothing is started any more."""
         self._starting = threading.Lock()
+        self._held = contextlib.ExitStack()
+        """The ports that were named to the hub are this host's processes'."""
 
     def run(self) -> str:
         """-> why it ended, in words."""
@@ -118,6 +120,7 @@ class Agent:
         app = relay_app(self._setup.url, joined.token, joined.host_token, cache)
         with contextlib.ExitStack() as stack:
             stack.callback(self._hub.close)
+            stack.enter_context(self._held)
             stack.callback(cache.close)
             relay = ServerThread(app, ports.bind()).start()
             stack.callback(relay.stop)
@@ -140,7 +143,7 @@ class Agent:
     def _join(self) -> Joined:
         facts = machine_read.probe()
         body = {
-            "ident": self._ident, "address": self._address, "ports": ports.free_ports(PORTS, self._address),
+            "ident": self._ident, "address": self._address, "ports": ports.held_ports(PORTS, self._address, self._held),
             "versions": dict(self._setup.versions), "facts": facts.document(), "name": self._setup.name,
         }  # fmt: skip
         deadline, said = time.monotonic() + self._setup.wait_s, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,4 +56,5 @@ def _made(kind: type[C], own: dict[str, Any], fields: dict[str, Any]) -> C:
 def of_plan(recipe: Recipe, plan: LaunchPlan, run: Path = Path("/run")) -> dict[str, Any]:
     """Process -> what a new run of this plan tells it."""
     context = RunContext(recipe, plan, RunDir(run), 1, Inputs(Path("/m"), {"": None}, {}))
-    return {process.name: process.config for process in build(context, "http://127.0.0.1:1")}
+    with ExitStack() as held:
+        return {process.name: process.config for process in build(context, "http://127.0.0.1:1", held)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def context_of(recipe: Recipe, path: Path, **more: Any) -> RunContext:
 
 
 def build(context: RunContext) -> list[Process]:
-    return configs.build(context, "http://127.0.0.1:1")
+    with ExitStack() as held:
+        return configs.build(context, "http://127.0.0.1:1", held)
 
 
 def specs_of(context: RunContext) -> dict[str, ChildSpec]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +114,15 @@ def test_a_second_failure_ends_the_run(logs: Path) -> None:
     assert family.notes == ["once more (error: no sum)"]
 
 
-def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_what_a_run_on_two_gpus_starts_again_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: ExitStack
+) -> None:
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     recipe = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=2")
     plan = planned(recipe, facts("9.0", 3, memory_gib=141, host_gib=512))
@@ -124,8 +134,8 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
         )
     ]
     context = configs.RunContext(recipe, plan, RunDir(tmp_path), 1, Inputs(Path("m"), {}, {}))
-    processes = configs.build(context, HUB)
-    retry = configs.retry(context, processes)
+    processes = configs.build(context, HUB, held)
+    retry = configs.retry(context, processes, held)
     assert retry is not None and retry.names == {"trainer", "trainer1"}
     ranks = [local.child_spec(p) for p in processes if p.plan.role is Role.TRAINER]
     # each rank sees its own GPU, and so it is the first one there
@@ -137,11 +147,11 @@ def test_what_a_run_on_two_gpus_starts_again_with(tmp_path: Path, monkeypatch: p
     assert [s.env["NCCL_P2P_DISABLE"] for s in again] == ["1", "1"]
     assert len({s.env["MASTER_PORT"] for s in again}) == 1 and again[0].argv == ranks[0].argv
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert configs.retry(context, processes) is None, "nothing else is left to try"
+    assert configs.retry(context, processes, held) is None, "nothing else is left to try"
     alone = load("qwen3.5-4b-m2po-delta", "resources.rollout_gpus=1", "resources.train_gpus=1")
     context = replace(context, recipe=alone, plan=planned(alone, facts("9.0", 2, memory_gib=141, host_gib=512)))
     monkeypatch.delenv("NCCL_P2P_DISABLE")
-    assert configs.retry(context, configs.build(context, HUB)) is None
+    assert configs.retry(context, configs.build(context, HUB, held), held) is None
 
 
 def test_the_summary_table_says_so(tmp_path: Path) -> None:

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
     from astracli.errors import AstraError, RunFailed, UserError
-    from astracli.launch.api import Run, compare, evaluate, list_runs, load, resume, train
+    from astracli.launch.api import Run, compare, evaluate, list_runs, load, resume, sft, train
 
 __all__ = [
     "AstraError", "Recipe", "Run", "RunFailed", "UserError", "compare", "evaluate", "list_runs", "load", "resume",
-    "train",
+    "sft", "train",
 ]  # fmt: skip
 
 _HOME = {
     "Recipe": "astracli.config.recipe",
     **dict.fromkeys(("AstraError", "RunFailed", "UserError"), "astracli.errors"),
-    **dict.fromkeys(("Run", "compare", "evaluate", "list_runs", "load", "resume", "train"), "astracli.launch.api"),
+    **dict.fromkeys(
+        ("Run", "compare", "evaluate", "list_runs", "load", "resume", "sft", "train"), "astracli.launch.api"
+    ),
 }
 
 

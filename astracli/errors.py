@@ -104,8 +104,24 @@ def refused_by_system(error: BaseException) -> AstraError | None:
     return None
 
 
+def _package_broken(error: BaseException | None) -> RunFailed | None:
+    """A module of this package that cannot be imported: its files were changed or lost after they were installed."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    if isinstance(error, SyntaxError) and os.path.abspath(error.filename or "").startswith(own + os.sep):
+        what = f"`{error.filename}` line {error.lineno}: {error.msg}"
+    elif isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "astracli":
+        what = str(error)
+    else:
+        return None
+    hint = (
+        "its files were changed after it was installed: install it again, then `astra train --resume RUN_DIR` goes on"
+    )
+    return RunFailed(f"the installed astracli is damaged: {what}", hint)
+
+
 def machine_failed(error: BaseException) -> RunFailed | None:
-    """`disk_failed`, or a process that got no more memory, descriptors or threads; None for any other error."""
+    """`disk_failed`, a process that got no more memory, descriptors or threads, or a damaged installation; None for any
+    other error."""
     if (failed := disk_failed(error)) is not None:
         return failed
     seen: BaseException | None = error
@@ -113,6 +129,8 @@ def machine_failed(error: BaseException) -> RunFailed | None:
         found, words = refused_by_system(seen), str(seen).partition("\n")[0]
         if isinstance(found, RunFailed):
             return found
+        if (damaged := _package_broken(seen)) is not None:
+            return damaged
         if "too many open files" in words.lower():  # as libraries say it
             return RunFailed(f"{words}: this process may open no more files", "raise `ulimit -n`")
         no_fork = isinstance(seen, BlockingIOError) and seen.errno == errno.EAGAIN

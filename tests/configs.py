@@ -26,7 +26,7 @@ def engine(**fields: Any) -> EngineConfig:
 
 
 def rollout(**fields: Any) -> RolloutConfig:
-    own = dict(name="rollout", data_paths={"": None}, engines=(), gpu_leases=(), samples=None)
+    own = dict(name="rollout", data_paths={"": None}, engines=(), gpu_leases=(), samples=None, generates=True)
     return _made(RolloutConfig, own, fields)
 
 
@@ -34,6 +34,7 @@ def trainer(**fields: Any) -> TrainerConfig:
     own = dict(
         name="trainer", device="cpu", engines=(), attention="sdpa", gdn_backward="none", resume_step=None, start=0,
         initial=None, split=RESIDENT, shared=False, gpu_leases=(), leaves=False, host_bytes=0, warm_up=False,
+        data_paths={}, teacher_path=None,
     )  # fmt: skip
     return _made(TrainerConfig, own, fields)
 

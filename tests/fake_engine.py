@@ -53,6 +53,10 @@ class FakeEngine:
     """An end does not end it: another client has begun again."""
     broken: list[str] = field(default_factory=list)
     """Paths whose next call is answered with 500."""
+    cuts: int = 0
+    """Answers of `/generate` whose connection will break behind the first one of their results."""
+    generated: int = 0
+    """Calls of `/generate`."""
     update_s: float = 0.0
     events: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
@@ -120,6 +124,10 @@ class FakeEngine:
         offsets = body.get("draw_offset") or [0] * len(body["input_ids"])
         rows = zip(body["input_ids"], body["sampling_params"], offsets, strict=True)
         asked = [asyncio.ensure_future(self._counted(place, *row)) for place, row in enumerate(rows)]
+        self.generated += 1
+        if self.cuts:
+            self.cuts -= 1
+            return StreamingResponse(self._cut(self._events(asked)))
         if body.get("stream"):
             return StreamingResponse(self._events(asked))
         answers = await asyncio.gather(*asked)
@@ -133,6 +141,11 @@ class FakeEngine:
         finally:
             for task in asked:
                 task.cancel()
+
+    async def _cut(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        async for event in events:
+            yield event
+            raise ConnectionResetError("as a network does it")
 
     async def _counted(self, place: int, ids: list[int], params: dict[str, Any], offset: int) -> dict[str, Any]:
         self.running += 1

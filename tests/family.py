@@ -83,7 +83,8 @@ def supervisor(processes: list[Process], hub: FakeHub | None = None, forks: Any 
     hub = hub or FakeHub()
     limits = LaunchTable(**{name: float(more.pop(name)) for name in LaunchTable.model_fields.keys() & more})
     fields: dict[str, Any] = dict(main_role=Role.TRAINER, limits=limits, hub_alive=hub.alive, poll_s=0.02)
-    return Supervisor(processes, LocalLauncher(sample_s=0.1, forks=forks), hub, **(fields | more))  # type: ignore[arg-type]
+    launcher = more.pop("launcher", None) or LocalLauncher(sample_s=0.1, forks=forks)
+    return Supervisor(processes, launcher, hub, **(fields | more))  # type: ignore[arg-type]
 
 
 def report(name: str, state: str = "ready", waiting: str | None = None, **progress: Any) -> dict[str, Any]:

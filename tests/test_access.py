@@ -22,7 +22,7 @@ from starlette.routing import Route
 from test_launch import build, context_of, tiny
 from training_tools import spawn
 
-from astracli.engines.sglang import command, server
+from astracli.engines.sglang import command
 from astracli.errors import RunFailed
 from astracli.process import connections, open_files, ports
 from astracli.process.server import ServerThread, TokenGuard
@@ -203,11 +203,10 @@ def test_sglang_listens_where_the_run_does(tmp_path: Path) -> None:
     options = command.Options(tmp_path / "sglang")
     said = command.arguments(config, tmp_path, options, {})
     assert {"--host=127.0.0.1", "--port=7"} <= set(said) and not [word for word in said if "dist-init" in word]
-    environment = server.engine_environment(config)
-    store = environment[command.RENDEZVOUS]
+    store = command.rendezvous(config)[command.RENDEZVOUS]
     assert store.startswith("file:///") and str(tmp_path) in store
     Path(store.removeprefix("file://")).write_text("of an earlier start")
-    server.engine_environment(config)
+    command.rendezvous(config)
     assert not Path(store.removeprefix("file://")).exists(), "torch would wait for the ranks of that start"
     engine = next(process for process in build(context_of(tiny(), tmp_path)) if process.name == "engine0")
     assert engine.env["NCCL_SOCKET_IFNAME"] == "=lo" and engine.env["GLOO_SOCKET_IFNAME"] == "lo"

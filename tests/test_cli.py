@@ -92,7 +92,7 @@ def test_a_group_without_a_command_shows_its_help(astra: Astra, words: tuple[str
 def test_commands_are_the_documented_ones(astra: Astra) -> None:
     said = astra("--help").out
     listed = [line.split()[0] for line in said.partition("Commands:\n")[2].splitlines() if line.strip()]
-    assert listed == ["train", "rollout", "eval", "doctor", "recipes", "adapters", "runs"]
+    assert listed == ["train", "sft", "rollout", "eval", "doctor", "agent", "recipes", "adapters", "runs"]
     assert "..." not in said.partition("Commands:\n")[2]
 
 

@@ -55,7 +55,7 @@ def test_removed_from_a_file_and_said(
 
     def ids(mode: str) -> list[str]:
         data = DataTable(source=str(FIXTURE), decontaminate=mode)  # type: ignore[arg-type]
-        recipe: Any = SimpleNamespace(data=data, eval=EvalTable())
+        recipe: Any = SimpleNamespace(data=data, training_data=data, eval=EvalTable())
         paths = problem_files.decontaminated(recipe, {"": str(FIXTURE)}, {str(mine): str(mine)})
         return [p.id for p in datasets.load(data, paths[""])]
 
@@ -75,7 +75,8 @@ def test_a_resumed_run_keeps_its_problems_whatever_benchmarks_it_has_now(
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_text("".join(lines[:2]))
     two.write_text(lines[3])
-    recipe: Any = SimpleNamespace(data=DataTable(source=str(FIXTURE), decontaminate="remove"), eval=EvalTable())
+    data = DataTable(source=str(FIXTURE), decontaminate="remove")
+    recipe: Any = SimpleNamespace(data=data, training_data=data, eval=EvalTable())
     run = runs.create("r", tmp_path / "run")
 
     def files(*benchmarks: Path, resumed: bool = True) -> dict[str, Path | None]:

@@ -27,7 +27,11 @@ def test_every_command_and_recipe_key_is_there() -> None:
 
     cli, recipe = ((ROOT / "docs" / name).read_text() for name in ("cli.md", "recipe.md"))
     assert "--compare" in cli and "### astra runs report" in cli
-    tables = {"expected": "`expected.source`", "lora": "`lora.rank`"}  # that may be absent
+    tables = {
+        "expected": "`expected.source`",
+        "lora": "`lora.rank`",
+        "sft": "`sft.completion_field`",
+    }  # that may be absent
     for key, field in Recipe.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
         for name in inner or [None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_cases import CASES, NET, Case, checkpoint, dead, held_by, put, stub
+from doctor_cases import CASES, NET, Case, checkpoint, dead, held_by, pkg, put, stub
 from machines import facts, package
 
 from astracli.adapters import qwen3_5
@@ -54,10 +54,22 @@ def test_each_check_wrong_and_right(case: Case) -> None:
     assert [c["status"] for c in sound] == ([] if case.good == "absent" else [case.good])
 
 
+def test_vllm_is_judged_where_a_recipe_takes_it() -> None:
+    """Absent, too old for a hybrid, and with another torch than its own."""
+    vllm = ("rollout.engine=vllm",)
+    missing = one(judged(BIG, gpu_box(), *vllm), "vllm")
+    assert missing["status"] == "fail" and "resources.engine.python" in missing["fix"]
+    old = gpu_box()
+    pkg("vllm", "0.20.2")(old)
+    report = judged(BIG, old, *vllm)
+    assert "install vllm 0.33" in one(report, "vllm hybrids")["fix"]
+    assert one(report, "vllm pins")["status"] == "fail" and "torch" in one(report, "vllm pins")["value"]
+
+
 def test_every_check_that_can_go_wrong_has_a_case() -> None:
     """Those that only state a choice, and those with tests of their own below, are named here."""
     told = {"adapter", "fit", "attention", "engine", "hub cache"}
-    own = {"gated backward", "attention backends", "tilelang", "packing", "refused", "load", "engine python"}
+    own = {"gated backward", "attention backends", "tilelang", "packing", "refused", "load", "engine python", "vllm"}
     cased = {case.name for case in CASES} | set(system.CORE) | told | own
     boxes = [gpu_box(), gpu_box() | {"checkpoint": checkpoint(), "network": NET | {"hub_asked": True}}]
     seen = {c["name"] for d in boxes for name in (BIG, TINY, None) for c in judged(name, d)["checks"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sqlite3
 import sys
@@ -76,6 +77,25 @@ def test_a_run_killed_twice_ends_in_the_same_bytes(undisturbed: Path, finished: 
         *(("eval", step) for step in (0, 2, 4)),
     }
     assert difference(undisturbed, finished, whole=False) == []
+
+
+def test_two_hosts_write_the_bytes_of_one(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "start", warm.bench_start)
+        attempt = Attempt(run, [*quick(undisturbed), 'launch.hosts=["a", "b"]'], resume=False)
+    named = re.compile(r"on it, give `astra (agent \S+) --token-file (\S+)`")
+    assert attempt.wait(lambda: bool(named.search(attempt.log.read_text())), 120), attempt.end()[1]
+    found = named.search(attempt.log.read_text())
+    assert found is not None
+    words = ["-m", "astracli", *found[1].split(), "--token-file", found[2], "--address", "127.0.0.2"]
+    agent = warm.start([*words, "--dir", str(tmp_path / "b")], tmp_path / "agent.log")
+    code, console = attempt.end(300)
+    assert code == 0 and agent.wait(timeout=60) == 0, (console, (tmp_path / "agent.log").read_text())
+    assert difference(undisturbed, run, whole=True) == []
+    started = {path.stem for path in (tmp_path / "b" / "logs" / "attempt_1").iterdir()}
+    assert started == {"engine0", "rollout"} and not (tmp_path / "b" / "stage").exists()
+    assert not list((run / "agents").glob("*.token"))
 
 
 def test_the_comparison_sees_one_bit_and_one_figure(undisturbed: Path, tmp_path: Path) -> None:

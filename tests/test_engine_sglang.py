@@ -28,8 +28,9 @@ from transfer_tools import TOKEN as WEIGHTS_TOKEN
 from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
+from astracli.engines import checkpoint, watched
 from astracli.engines.contract import GenRequest
-from astracli.engines.sglang import checkpoint, first_requests
+from astracli.engines.sglang import first_requests
 from astracli.engines.sglang import server as sglang
 from astracli.engines.sglang.client import SglangClient
 from astracli.engines.sglang.command import RENDEZVOUS, Options, arguments, graph_sizes
@@ -174,7 +175,7 @@ def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hu
     files.stop()
     publisher.close()
     recorded = json.loads((tmp_path / "environments" / "engine0.json").read_text())
-    assert not recorded["missing"] and recorded["sglang"] == str(FAKE / "sglang")
+    assert not recorded["missing"] and recorded["package"] == str(FAKE / "sglang")
     trainer = json.loads((tmp_path / "environments" / "trainer.json").read_text())
     assert "sglang" in trainer["missing"] and trainer["versions"]["torch"] == recorded["versions"]["torch"]
 
@@ -291,6 +292,9 @@ def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path
     assert {"--enable-prefill-delayer", "--prefill-delayer-queue-min-ratio=0.05"} <= set(found)
     leaves = ("--enable-memory-saver", "--enable-weights-cpu-backup")
     assert not set(leaves) & set(found)
+    stops = recipe.model_copy(update={"rollout": rollout.model_copy(update={"stop": ["\n"]})})
+    found = arguments(config.model_copy(update={"recipe": stops}), Path("/m"), OPTIONS, {})
+    assert f"--tokenizer-path={config.model_path}" in found and "--skip-tokenizer-init" not in found
     planned = config.model_copy(update={"time_sharing": True, "mem_fraction_static": 0.31})
     found = arguments(planned, Path("/m"), OPTIONS, {})
     assert {*leaves, "--mem-fraction-static=0.31"} <= set(found), "what the plan derived is the last word"
@@ -313,20 +317,23 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
         def check(self) -> None:
             pass
 
+        def died(self, what: str) -> RunFailed:
+            return sglang.SGLANG.death("engine0", what, self.lines)
+
     class Running:
         stop_requested = threading.Event()
 
     for name, value in (("answers", answers), ("HEALTH_EVERY_S", 0.0), ("LOOK_S", 0.001)):
-        monkeypatch.setattr(sglang, name, value)
+        monkeypatch.setattr(watched, name, value)
     config: Any = engine_config(tmp_path, hub)
     with pytest.raises(RunFailed, match="engine0 failed 4 health checks in a row: its scheduler hung") as error:
-        sglang._watch(config, Hung(), Running())  # type: ignore[arg-type]
+        watched.watch(config, Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)
     replies, asked[:] = iter([False] * 4), []
     with pytest.raises(
         RunFailed, match="failed 4 health checks"
     ):  # nothing can be generated while the trainer has the GPU
-        sglang._watch(config.model_copy(update={"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
+        watched.watch(config.model_copy(update={"time_sharing": True}), Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["model_info"] * 4
 
 

@@ -28,6 +28,7 @@ from faults.relay import Relay, Weather
 from faults.world import Row, World, phase, victim
 from loop.kill_resume import Attempt
 
+from astracli import errors
 from astracli.errors import RunFailed, UserError, machine_failed
 from astracli.rl.types import unpack_group
 
@@ -241,6 +242,8 @@ def test_a_database_that_lost_its_newest_entries_is_refused(tmp_path: Path) -> N
         (BlockingIOError(11, "Resource temporarily unavailable"), "ulimit -u"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (MemoryError(), "no more memory"),
+        (SyntaxError("invalid syntax", (errors.__file__, 60, 1, "daf x")), "errors.py` line 60: invalid syntax"),
+        (ImportError("cannot import name `x`", name="astracli.rl"), "installed astracli is damaged"),
     ],
 )
 def test_what_the_machine_refuses_is_named(error: Exception, words: str) -> None:
@@ -248,4 +251,5 @@ def test_what_the_machine_refuses_is_named(error: Exception, words: str) -> None
     outer.__cause__ = error
     found = machine_failed(outer)
     assert found is not None and found.exit_code == 1 and words in f"{found.message} {found.hint}"
-    assert machine_failed(ValueError("x")) is None
+    for other in (ValueError("x"), SyntaxError("x", ("/mine/reward.py", 1, 1, "")), ImportError("x", name="mine")):
+        assert machine_failed(other) is None

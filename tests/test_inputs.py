@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint: Path, damage: Callable[[Pat
     [
         ("data.reward=nolib.rewards:fn", "importing `nolib.rewards` failed"),
         ("data.reward=maths", "there is no reward `maths`"),
-        ("launch.host=192.0.2.1", "cannot bind 192.0.2.1"),
+        ("launch.network=private launch.host=192.0.2.1", "cannot bind 192.0.2.1"),
         ('metrics.sinks=["wandbb"]', "no sink `wandbb`"),
         ("resources.engine.python=/no/python", 'resources.engine.python = "/no/python" is no program'),
         ("resources.rollout_gpus=4", "resources.rollout_gpus = 4 asks for GPUs, but resources.device = cpu"),
@@ -92,7 +92,7 @@ def test_bad_input_starts_nothing_and_leaves_no_run(
     cut(checkpoint)
     checkpoint.rename("broken")
     with pytest.raises(UserError, match=message) as caught:
-        run.train(recipe_io.load(TINY, [change]), run_dir=Path("here"))
+        run.train(recipe_io.load(TINY, change.split(" ")), run_dir=Path("here"))
     assert caught.value.hint and not Path("here").exists() and not Path("runs").exists()
 
 

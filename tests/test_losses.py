@@ -38,7 +38,7 @@ def token_loss(name: str, log_ratio: Tensor, advantage: Tensor, limits: Any) -> 
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(UserError, match="`ppo3`") as error:
         losses.get("ppo3")
-    assert str(error.value.hint).endswith("known: cispo, dapo, decoupled, dr_grpo, grpo, gspo, m2po, tis")
+    assert str(error.value.hint).endswith("known: cispo, dapo, decoupled, distill, dr_grpo, grpo, gspo, m2po, tis")
 
 
 # grpo

@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import warm
 
+from astracli.config.recipe import Recipe
 from astracli.data import arithmetic
+from astracli.data.examples import ExampleTokens
 from astracli.models import registry
+from astracli.runs import metrics
+from astracli.runs.run_dir import RunDir
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -28,32 +32,29 @@ def small() -> object:
         sys.path.remove(str(SCRIPTS))
 
 
-def test_a_warm_up_leaves_a_checkpoint_and_its_metrics(tmp_path: Path) -> None:
+def test_a_warm_up_leaves_a_checkpoint_and_its_run(tmp_path: Path) -> None:
+    """As it is called, with everything that the script says of its examples checked before the start of its run."""
     command = [str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
-    command += ["--tokens", "512", "--steps", "3", "--every", "0", "--workers", "0", "--items", "8"]
-    done = warm.run(command)
+    done = warm.run([*command, "--tokens", "512", "--steps", "3"])
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (tmp_path / "warm" / "warm_up.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [1, 2, 3] and all(3.3 < r["loss"] < 3.7 for r in records)
+    run = RunDir(tmp_path / "warm-run")
+    records = [line for line in metrics.read(run.metrics_jsonl) if "loss" in line]
+    assert [r["step"] for r in records] == [0, 1, 2] and all(3.2 < r["loss"] < 3.8 for r in records)
+    assert {r["samples"] for r in records} == {7.0} and {r["too_long"] for r in records} == {0.0}
     assert json.loads((tmp_path / "warm" / "config.json").read_text())["full_attention_interval"] == 4
     registry.get("qwen3_5").load_for_training(tmp_path / "warm")
 
 
-def test_rows_hold_the_solutions_and_noise_falls_on_targets_alone(small) -> None:  # type: ignore[no-untyped-def]
-    problems = arithmetic.held_out(5, arithmetic.STEP_LEVELS)
-    row = small.pack([small.solved(problem) for problem in problems])
-    tokenizer = small.vocabulary()[0]
-    for number, problem in enumerate(problems):
-        a, b = row.bounds_S1[number : number + 2]
-        text = f"{problem.question}={arithmetic.worked_text(problem.question)}"
-        assert [*tokenizer(text)["input_ids"], small.EOS] == list(row.tokens_1T[0, a:b])
-    assert (row.tokens_1T[0, row.predict_N + 1] == row.target_N).all()
-    tokens_BL, predict_N = small.padded(row)
-    assert (tokens_BL.reshape(-1)[predict_N + 1] == row.target_N).all()
-    noisy, clean = small.draw(3, 8192, 0.2), small.draw(3, 8192, 0.0)
-    assert (noisy.tokens_1T == clean.tokens_1T).all()
-    assert 0.15 < np.mean(noisy.target_N != clean.target_N) < 0.2  # a tenth of the draws hits the right token
-    assert noisy.tokens_1T.size <= 8192
+def test_no_solution_is_longer_than_the_script_says(small) -> None:  # type: ignore[no-untyped-def]
+    tokens = ExampleTokens(
+        Recipe.model_validate(
+            {"model": {"path": "x"}, "data": {"source": "arithmetic"}, "train": {"steps": 1}, "sft": {}}
+        ),
+        small.vocabulary(),
+    )
+    drawn = [arithmetic.draw(i, small.SEED, arithmetic.STEP_LEVELS) for i in range(500)]
+    lengths = [len(tokens(replace(p, messages=({"role": "user", "content": p.question},)))) for p in drawn]
+    assert max(lengths) <= small.LONGEST and abs(sum(lengths) / len(lengths) - small.EXAMPLE) < 1
 
 
 def test_the_small_shape_has_the_size_it_says(small, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -85,12 +86,5 @@ def test_the_hybrid_has_the_size_it_says_and_reads_right_solutions_alone(tmp_pat
     ]
     solved = tmp_path / "solved.jsonl"
     solved.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    training, held_out = make_hybrid.read_solutions(solved, tokenizer, 50)
-    assert (len(training), len(held_out)) == (76, 4)  # p19 and p39
-    prompt, solution = training[0]
-    assert tokenizer.decode(solution) == "s0<|im_end|>" and tokenizer.decode(prompt).startswith(
-        "<|im_start|>user\np0\n"
-    )
-    packed = list(make_hybrid.rows_of(training[:6], 2 * (len(prompt) + len(solution)) + 8))
-    assert [len(row.bounds_S1) - 1 for row in packed] == [2, 2, 2]
-    assert (packed[0].tokens_1T[0, packed[0].predict_N + 1] == packed[0].target_N).all()
+    found = make_hybrid.read_solutions(solved, tokenizer, 50)
+    assert len(found) == 80 and found[0] == {"problem": "p0", "completion": "s0"}

@@ -60,6 +60,19 @@ def test_the_list_has_score_reward_steps_and_what_differs(astra: Astra, three: P
     assert lines["same"].split()[3:5] == ["0.100", "-"]
 
 
+@pytest.mark.parametrize("content", ['{"a": ', "[1, 2]", "\0", "9" * 5000, "[" * 100_000, "step,benchmark\nx,b\n"])
+@pytest.mark.parametrize("name", ["recipe.json", "eval/eval.csv", "eval/items/step_000020_b.jsonl"])
+def test_a_damaged_file_is_named_and_breaks_no_list(astra: Astra, three: Path, name: str, content: str) -> None:
+    (three / "high" / name).write_text(content)
+    said = astra("runs", "compare", "high", "low")
+    rows = name != "eval/eval.csv" or "\n" in content  # a table without rows is none
+    assert (f"{name}` is damaged" in said.err.replace("\n", " ")) == rows, said
+    assert said.code == (2 if rows and "items" not in name else 0)  # without its items there are means, and no test
+    assert "unexpected" not in said.err and "Traceback" not in said.err
+    listed = astra("runs", "list")
+    assert listed.code == 0 and {"low", "high", "same"} <= {line.split()[0] for line in listed.out.splitlines() if line}
+
+
 def test_the_newest_reward_is_read_from_the_end_of_the_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "long")
     record = {"process": "trainer", "arrived_groups": 1, "filler": "x" * 2000}

@@ -205,6 +205,11 @@ def test_a_model_that_starts_near_zero_is_told_of(figures: dict[str, Any], said:
     )
 
 
+def test_supervised_training_may_start_at_zero() -> None:
+    record = {"process": "eval", "step": 0, "benchmark": "gsm8k", "eval_avg_at_n": 0.0}
+    assert Alerts(by_rewards=False).feed(record) == []
+
+
 def test_a_reward_that_nothing_arrived_for_is_not_flat() -> None:
     alerts = Alerts()
     records = [step(i, **{names.REWARD: 0.0, "arrived_groups": 0}) for i in range(50)]

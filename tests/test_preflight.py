@@ -173,6 +173,7 @@ def test_start_dry_run_and_doctor_say_the_same(checkpoint: Path, monkeypatch: py
         "eval.benchmarks": '["/no/benchmark.jsonl"]',
     }
     sets = [part for key, value in wrong.items() for part in ("--set", f"{key}={value}")]
+    sets += ["--set", "launch.network=private"]
     dry = CliRunner().invoke(app, ["train", TINY, "--dry-run", "--json", *sets])
     assert dry.exit_code == 2, dry.output
     told = {(entry["message"], entry["hint"]) for entry in json.loads(dry.stdout)["start"]}
@@ -184,7 +185,7 @@ def test_start_dry_run_and_doctor_say_the_same(checkpoint: Path, monkeypatch: py
     assert told == found and len(told) == len(wrong)
     for key, value in wrong.items():
         with pytest.raises(UserError) as caught:
-            run.train(recipe_io.load(TINY, [f"{key}={value}"]), run_dir=Path("r"))
+            run.train(recipe_io.load(TINY, [f"{key}={value}", "launch.network=private"]), run_dir=Path("r"))
         assert (caught.value.message, caught.value.hint or "") in told
     assert not Path("r").exists()
 

@@ -107,7 +107,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("ASTRA_DATA_DIR", raising=False)
 
     def fetch(source: str) -> str | None:
-        return datasets.fetch(SimpleNamespace(data=DataTable(source=source)))[""]  # type: ignore[arg-type]
+        return datasets.fetch(SimpleNamespace(training_data=DataTable(source=source)))[""]  # type: ignore[arg-type]
 
     assert fetch("arithmetic") is None
     with pytest.raises(UserError, match="no data at"):
@@ -120,7 +120,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = numbered(tmp_path / "train", 3)
     assert fetch("n") == str(path)
     table = DataTable(source="n", path=str(tmp_path / "train"))
-    assert datasets.fetch(SimpleNamespace(data=table)) == {"": str(path)}  # type: ignore[arg-type]
+    assert datasets.fetch(SimpleNamespace(training_data=table)) == {"": str(path)}  # type: ignore[arg-type]
     monkeypatch.setenv("ASTRA_DATA_DIR", str(tmp_path / "no"))
     with pytest.raises(UserError, match="is no directory"):
         fetch("n")
@@ -146,7 +146,7 @@ def test_hub_set_becomes_one_local_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ASTRA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("ASTRA_DATA_DIR", raising=False)
-    path = datasets.fetch(SimpleNamespace(data=DataTable(source="gsm8k", revision="v1")))[""]  # type: ignore[arg-type]
+    path = datasets.fetch(SimpleNamespace(training_data=DataTable(source="gsm8k", revision="v1")))[""]  # type: ignore[arg-type]
     assert asked == [("openai/gsm8k", "v1")]
     assert path is not None and Path(path).name == "openai--gsm8k-main-train-0123456789ab.jsonl"
     assert PromptSource(DataTable(source="gsm8k"), 0, path).problem(4).answer == "5"

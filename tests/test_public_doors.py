@@ -13,7 +13,6 @@ OTHERS = {"_exit", "_schema", "_cdata", "_python_dispatch", "_attn_implementatio
 """Names of Python, torch and transformers that have no public counterpart."""
 
 ALLOWED = {
-    "test_engine_sglang.py": 2,  # `_watch`: SGLang's scheduler hangs only on a GPU; a stand-in server does here
     "test_hub_curriculum.py": 1,  # `_weight`: the ends of the band, which counts of draws cannot tell apart
     "test_launches.py": 2,  # `_norm`, `_score`: one kernel and one pass, run without a GPU
     "test_packing_gpu.py": 2,  # `_minibatch`, `_require_agreement`: one minibatch alone, that must not wait for the GPU

@@ -25,6 +25,7 @@ SHIPPED = sorted(
         *SMALL,
         "qwen3.5-tiny-m2po-full",
         TINY,
+        "tiny-sft",
         "tiny-tool-m2po-delta",
         *LORA,
         "llama3-8b-instruct-m2po-delta",
@@ -53,7 +54,8 @@ def test_shipped_names_and_descriptions() -> None:
 def test_shipped_recipes_load_under_their_own_name(name: str) -> None:
     recipe = recipe_io.load(name)
     assert recipe.name == name
-    assert recipe.weights.transfer == ("adapter" if name in LORA[1:] else name.rpartition("-")[2])
+    named = {name: "adapter" for name in LORA[1:]} | {"tiny-sft": "full"}
+    assert recipe.weights.transfer == named.get(name, name.rpartition("-")[2])
     assert (recipe.lora is not None) == (name in LORA)
     assert tomllib.loads(recipe_io.to_toml(recipe))["train"]["steps"] == recipe.train.steps
 
@@ -200,7 +202,7 @@ def test_later_overrides_win() -> None:
         (
             "algorithm.name=m3po",
             f'recipe `{TINY}`: `algorithm.name` = "m3po" is not allowed: there is no such algorithm',
-            "did you mean `m2po`? known: cispo, dapo, decoupled, dr_grpo, grpo, gspo, m2po, tis",
+            "did you mean `m2po`? known: cispo, dapo, decoupled, distill, dr_grpo, grpo, gspo, m2po, tis",
         ),
         (
             "algorithm.m2po.m2_treshold=0.01",

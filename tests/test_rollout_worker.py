@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from astracli.data.prompts import PromptSource
 from astracli.errors import RunFailed
 from astracli.process.config import SampleFile
 from astracli.rl.types import Group, unpack_group
+from astracli.rollout.episodes import leaves
+from astracli.rollout.request_gate import FAILURES_IN_A_ROW, LOST_CALLS
 
 __all__ = ["world"]
 
@@ -42,6 +45,33 @@ def test_groups_come_in_graded_and_whole(world: World) -> None:
             assert (sample.finish_reason, len(sample.segments)) == ("stop", 1)
             assert sample.text == "".join(chr(t) for t in sample.tokens[:-1])
     assert world.store.counts().in_flight == 0, "what was not finished went back"
+
+
+def test_what_a_broken_connection_loses_is_drawn_again(world: World) -> None:
+    """The engine is there all the while: nothing is attached anew, and the samples are those of an unbroken run."""
+    world.engine.cuts = 4
+
+    async def scenario() -> None:
+        world.store.announce(0, 0)
+        groups = await world.batch(0)
+        for group in groups:
+            for index, sample in enumerate(group.samples):
+                assert sample.tokens.tolist() == expected(group.lease_id, index)
+        world.store.announce(1, 1)
+        await until(lambda: bool(records(world)))
+
+    asyncio.run(world.play(scenario))
+    assert world.engine.cuts == 0 and world.fetcher.asked == [(1, 0)]
+    assert 1 <= records(world)[0]["redrawn_requests"] <= 4 * 8
+
+
+def test_connections_that_always_break_end_the_run(world: World) -> None:
+    world.engine.cuts = sys.maxsize
+    with pytest.raises(ExceptionGroup) as failure:
+        asyncio.run(world.play())
+    (error,) = leaves(failure.value)
+    assert isinstance(error, RunFailed) and "is gone" in error.message
+    assert world.engine.generated >= FAILURES_IN_A_ROW * (LOST_CALLS + 1)
 
 
 def test_two_engines_share_the_work_and_both_follow(world: World) -> None:

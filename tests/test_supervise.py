@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ from astracli.launch.supervise import Supervisor
 from astracli.process import children as local
 from astracli.process.children import Child, ChildSpec, MemorySampler, exit_words
 from astracli.process.config import Role
-from astracli.process.ports import bind, free_ports
+from astracli.process.ports import bind, free_ports, held_ports
 
 
 def test_trainer_done_ends_the_run_and_everyone(logs: Path) -> None:
@@ -281,6 +283,18 @@ class Elsewhere:
             last_lines=lambda count=20: ["error: no disk"], log_time=lambda: 0.0, print_stacks=lambda: None,
         )  # fmt: skip
 
+    def has(self, host: str | None) -> bool:
+        return host is None
+
+    def newcomers(self) -> list[Any]:
+        return []
+
+    def hosts(self) -> dict[str, str]:
+        return {}
+
+    def gone(self, host: str) -> str:
+        return ""
+
     def ready(self) -> bool:
         return True
 
@@ -319,3 +333,25 @@ def test_ports_differ_and_can_be_bound(logs: Path) -> None:
     assert len(set(ports)) == 8
     for port in ports:
         bind("127.0.0.1", port).close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a port that is bound can be bound again on Linux alone")
+def test_a_port_is_kept_for_the_process_that_it_was_chosen_for() -> None:
+    """Others that ask the system for a port get another, and who names it without SO_REUSEADDR is refused; the process
+    itself listens there, also when it is started again."""
+    with ExitStack() as held:
+        taken = set(held_ports(200, "127.0.0.1", held))
+        with ExitStack() as others:
+            strangers = [others.enter_context(socket.socket()) for _ in range(400)]
+            for each in strangers:
+                each.bind(("127.0.0.1", 0))
+            strangers += [others.enter_context(bind("127.0.0.1")) for _ in range(400)]
+            assert not taken & {each.getsockname()[1] for each in strangers}
+            port = min(taken)
+            with pytest.raises(OSError), socket.socket() as stranger:
+                stranger.bind(("127.0.0.1", port))
+            for _ in range(2):
+                with bind("127.0.0.1", port) as listener:
+                    listener.listen()
+                    with socket.create_connection(("127.0.0.1", port)), listener.accept()[0]:
+                        pass

@@ -82,7 +82,7 @@ def test_a_step_counts_the_copy_that_its_version_is_published_from(job: Job, mon
 def test_an_error_in_the_background_ends_the_wait_for_a_batch_with_its_cause(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("astracli.training.loop.BATCH_WAIT_S", 0.2)
+    monkeypatch.setattr("astracli.training.batches.BATCH_WAIT_S", 0.2)
     job.background = "on"
     loop = job.loop()
     loop.start()

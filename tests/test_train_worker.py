@@ -80,7 +80,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_with_its_last_steps(
 
 
 def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astracli.training.loop.BATCH_WAIT_S", 0.2)
+    monkeypatch.setattr("astracli.training.batches.BATCH_WAIT_S", 0.2)
     loop = job.loop()
     loop.start()
     job.store.engine_state("engine0", 0, "ready")

@@ -27,6 +27,7 @@ from astracli.rollout.episodes import play
 from astracli.rollout.groups import group_of
 from astracli.rollout.policy import RolloutSampling
 from astracli.rollout.request_gate import RequestGate
+from astracli.rollout.weight_sync import Event
 
 TOLD = [30, 31, 29]
 SIZE = 4
@@ -74,8 +75,9 @@ def test_two_turns_are_trained_as_they_were_drawn(
 
         monkeypatch.setattr(client, "generate", recorded)
         gate = RequestGate("engine0", client)
-        gate.version = 0
-        gate.open.set()
+        gate.sync.version = 0
+        for event in (Event.FOUND, Event.SERVED):
+            gate.sync.tell(event)
         grader: Any = None
         env = registry.find(chosen.rollout.env)(
             EnvSetup(chosen, Tokenizer(), grader, lambda problem: [int(t) for t in problem.question.split()])
@@ -101,7 +103,7 @@ def test_two_turns_are_trained_as_they_were_drawn(
                 publisher.publish(version, trainer.masters.wire_shards(copy=True), owned=True)
                 assert await asyncio.to_thread(subscriber.fetch, version)
                 assert (await client.apply_staged(version)).success
-                gate.version = version
+                gate.sync.version = version
 
             for step in range(3):
                 ready = 0

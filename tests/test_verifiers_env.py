@@ -153,7 +153,7 @@ def test_what_cannot_work_is_refused_before_the_start(monkeypatch: pytest.Monkey
 
 def test_the_first_row_is_looked_at_before_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(registry, "_ask", lambda name, document: asked.append((name, json.loads(document))))
+    monkeypatch.setattr(registry, "ask", lambda name, document: asked.append((name, json.loads(document))))
     row = {verifiers_package.ROW: 0, verifiers_package.SPLIT: "train"}
     first = Problem("0", "first?", "b", messages=({"role": "user", "content": "first?"},), row=row)
     chosen = recipe(rollout={"env": "verifiers"})

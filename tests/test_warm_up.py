@@ -50,9 +50,9 @@ def test_a_trainer_that_was_warmed_up_trains_the_same_bytes(
     shapes = set()
     real = parity.logprobs
 
-    def seen(policy, adapter, micro, device):  # type: ignore[no-untyped-def]
+    def seen(policy, adapter, micro, *more):  # type: ignore[no-untyped-def]
         shapes.add(micro.tokens_BL.shape)
-        return real(policy, adapter, micro, device)
+        return real(policy, adapter, micro, *more)
 
     random = torch.get_rng_state()
     monkeypatch.setattr(parity, "logprobs", seen)
@@ -90,7 +90,7 @@ def test_what_the_caches_held_before_and_hold_now_is_said(
     cache.mkdir()
     (cache / "old").write_bytes(bytes(1024))
 
-    def train_run(recipe: Any, *, run_dir: Path, warm: bool) -> tuple[int, RunDir]:
+    def train_run(recipe: Any, *, command: str, run_dir: Path, warm: bool) -> tuple[int, RunDir]:
         assert warm
         seen.append(recipe)
         (cache / "deep").mkdir()

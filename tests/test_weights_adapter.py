@@ -18,7 +18,7 @@ from test_weights_publisher import shards
 from transfer_tools import Server, Weights, copies, same, server, subscriber
 
 from astracli.adapters.generic import ADAPTER
-from astracli.engines.sglang import loader as sglang_loader
+from astracli.engines import loader as engine_loader
 from astracli.errors import RunFailed
 from astracli.models import checkpoint_files
 from astracli.weights import WeightCorrupt, WeightMismatch
@@ -227,8 +227,8 @@ def test_sglangs_loader_merges_stages_and_reads_back(
     try:
         for target, have in ((0, None), (1, 0), (2, 1), (4, None)):
             receiver.fetch(target, have)
-            sglang_loader.apply_staged(engine, [])
-            made = list(sglang_loader.loaded_models.values())
+            engine_loader.apply_staged(engine, [])
+            made = list(engine_loader.loaded_models.values())
             outcome = json.loads((stage / "result.json").read_text())
             assert outcome["ok"], outcome["message"]
             assert same(engine.hf(), merged(target))

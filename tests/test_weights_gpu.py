@@ -14,7 +14,7 @@ import pytest
 import torch
 from transfer_tools import same_files
 
-from astracli.engines.sglang import loader as sglang_loader
+from astracli.engines import loader as engine_loader
 from astracli.process.atomic import write_atomic
 from astracli.weights.device import host
 from astracli.weights.device.difference import bits_torch
@@ -260,7 +260,7 @@ def test_versions_follow_each_other_inside_an_engine(
         step = f"{version_name(version)}/manifest.json"
         plan = {"version": version, "kind": "delta", "base_version": version - 1, "steps": [step], "model_path": None}
         (stage / "next.json").write_bytes(seal(plan))
-        sglang_loader.apply_staged(model)
+        engine_loader.apply_staged(model)
         assert '"ok": true' in (stage / "result.json").read_text(), (stage / "result.json").read_text()
         manifest = Manifest.from_bytes((stage / step).read_bytes())
         for entry in manifest.tensors:
@@ -292,17 +292,17 @@ def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
         plan = {"version": version, "kind": "full", "base_version": None, "steps": [step], "model_path": None}
         write_atomic(stage / "next.json", seal(plan))  # a thread may look at any moment
         if version:
-            watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 60
+            watching, deadline = engine_loader.loaded_models[model].watcher, time.monotonic() + 60
             while (watching.prepared is None or watching.prepared.version != version) and time.monotonic() < deadline:
                 time.sleep(0.01)
             (held,) = [one.held for one in watching.prepared.loaded]  # type: ignore[union-attr]
             assert {s.is_cuda for _, s in held.pairs} == {where == "gpu"}
             assert len(held.pairs) > len(versions[0]) and (where == "gpu" or held.pairs[0][1].is_pinned())
-            places.add(sglang_loader.loaded_models[model].staging.memory.data_ptr())  # type: ignore[union-attr]
+            places.add(engine_loader.loaded_models[model].staging.memory.data_ptr())  # type: ignore[union-attr]
             for file in (stage / version_name(version)).glob("full-*"):
                 file.unlink()
-        sglang_loader.apply_staged(model)
-        known = sglang_loader.loaded_models[model]
+        engine_loader.apply_staged(model)
+        known = engine_loader.loaded_models[model]
         known.settle()
         result = json.loads((stage / "result.json").read_text())
         assert result["ok"] and (not version or result["staging"] == where), result
@@ -315,7 +315,7 @@ def test_full_versions_wait_beside_an_engine_and_are_copied_in_its_pause(
         assert (known.staging.memory is None) == (not kept or not version)
     assert len(places) == 1 or not kept
     before = torch.cuda.memory_reserved()
-    sglang_loader.settle(model)
+    engine_loader.settle(model)
     gone = known.staging.memory is None
     assert gone == (where == "gpu" or not kept) and (
         not kept or where == "host" or torch.cuda.memory_reserved() < before

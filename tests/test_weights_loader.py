@@ -18,7 +18,7 @@ from staged_tools import FusedModel, chain, delta, entries, first_weights, resta
 from torch import nn
 from transfer_tools import same
 
-from astracli.engines.sglang import loader as sglang_loader
+from astracli.engines import loader as engine_loader
 from astracli.weights import WeightMismatch
 from astracli.weights.receive import apply, watcher
 from astracli.weights.receive.placement import PlacementRecorder
@@ -27,16 +27,16 @@ from astracli.weights.receive.subscriber import Subscriber
 
 
 @pytest.fixture(autouse=True)
-def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sglang_loader.LoadedModel]]:
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[engine_loader.LoadedModel]]:
     """All that a test makes. SGLang's live as long as their process; here threads and decoders end with the test."""
-    made: list[sglang_loader.LoadedModel] = []
+    made: list[engine_loader.LoadedModel] = []
 
-    class Kept(sglang_loader.LoadedModel):
+    class Kept(engine_loader.LoadedModel):
         def __init__(self, *given: Any):
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(sglang_loader, "LoadedModel", Kept)
+    monkeypatch.setattr(engine_loader, "LoadedModel", Kept)
     yield made
     for engine in made:
         engine.watcher.close()
@@ -94,7 +94,7 @@ def test_versions_follow_each_other_inside_the_engine(tmp_path: Path, monkeypatc
     monkeypatch.setattr(FusedModel, "load_weights", counted)
     for version in (1, 2, 3):
         restage(tmp_path, [delta(version)])
-        sglang_loader.apply_staged(model, [])
+        engine_loader.apply_staged(model, [])
         assert json.loads((where / "result.json").read_text())["ok"], (where / "result.json").read_text()
         assert same(model.hf(), versions[version])
         readback = json.loads(wait_for(where / "readback.json")) if version == 2 else None
@@ -105,7 +105,7 @@ def test_versions_follow_each_other_inside_the_engine(tmp_path: Path, monkeypatc
     before = model.qkv
     model.qkv = nn.Parameter(before.data.clone())  # the same values elsewhere
     restage(tmp_path, [delta(4)])
-    sglang_loader.apply_staged(model, [])
+    engine_loader.apply_staged(model, [])
     assert json.loads((where / "result.json").read_text())["ok"] and same(model.hf(), versions[4])
     assert len(calls) == 2
 
@@ -125,13 +125,13 @@ def test_a_version_is_decoded_and_loaded_before_the_call_and_only_scattered_in_i
     model.load_weights(versions[0].items())
     where = stage(tmp_path, versions, [delta(1)])
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     restage(tmp_path, [delta(2)])
     assert decoded_ahead(where)
     shutil.rmtree(where / "v000002")  # nothing of it is read again
-    prepared = sglang_loader.loaded_models[model].watcher.prepared
+    prepared = engine_loader.loaded_models[model].watcher.prepared
     assert prepared is not None and prepared.loaded is not None and prepared.flat == []
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     result = json.loads((where / "result.json").read_text())
     assert result["ok"] and same(model.hf(), versions[2]), result
     assert not result["readback"] and result["loader_s"] >= result["apply_s"] + result["verify_s"]
@@ -163,7 +163,7 @@ def test_the_thread_says_nothing_of_a_model_that_has_gone(
     model.load_weights(versions[0].items())
     where = stage(tmp_path, versions, [delta(1)])
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert json.loads((where / "result.json").read_text())["ok"]
     del model
     gc.collect()
@@ -185,19 +185,19 @@ def test_a_plan_that_changes_nothing_wakes_the_thread_that_decodes_ahead(
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(receiver.stage_dir))
     assert not receiver.watched
     receiver.wake(0)
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert outcome(receiver)["steps"] == 0 and same(model.hf(), versions[0])
     wait_for(receiver.stage_dir / "watching.json")
     assert receiver.watched
     stage(tmp_path, versions, [delta(1)])
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert outcome(receiver)["version"] == 1 and same(model.hf(), versions[1])
     unproven = FusedModel()
     monkeypatch.setenv("ASTRA_START_VERSION", "")
     receiver.wake(-1)
-    sglang_loader.apply_staged(unproven)
+    engine_loader.apply_staged(unproven)
     assert not outcome(receiver)["ok"] and "the engine holds None" in outcome(receiver)["message"]
-    assert sglang_loader.loaded_models[unproven].version is None
+    assert engine_loader.loaded_models[unproven].version is None
     receiver.close()
 
 
@@ -217,13 +217,13 @@ def test_a_read_back_that_differs_is_reported_and_takes_the_version_away(
         succeed(*told)
 
     monkeypatch.setattr(apply, "succeed", moved)
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     readback = json.loads(wait_for(where / "readback.json"))
     assert (
         not readback["ok"] and readback["version"] == 1 and "1 tensors differ: model.norm.weight" in readback["message"]
     )
     restage(tmp_path, [delta(2)])
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert "the engine holds None" in json.loads((where / "result.json").read_text())["message"]
 
 
@@ -234,15 +234,15 @@ def test_what_was_loaded_for_a_parameter_that_has_moved_since_is_not_applied_to_
     model.load_weights(versions[0].items())
     where = stage(tmp_path, versions, [delta(1)])
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     restage(tmp_path, [delta(2)])
-    watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 60
+    watching, deadline = engine_loader.loaded_models[model].watcher, time.monotonic() + 60
     while (watching.prepared is None or watching.prepared.loaded is None) and time.monotonic() < deadline:
         time.sleep(0.005)
     before = model.qkv
     model.qkv = nn.Parameter(before.data.clone())
     kept = before.detach().clone()
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert json.loads((where / "result.json").read_text())["ok"] and same(model.hf(), versions[2])
     assert torch.equal(before, kept), "freed memory, in a real engine"
 
@@ -254,7 +254,7 @@ def test_nobody_takes_the_weights_away_under_a_read_back(tmp_path: Path, monkeyp
     where = stage(tmp_path, versions, [delta(1)])
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
     monkeypatch.setenv("ASTRA_VERIFY_INTERVAL", "1")
-    sglang_loader.settle(model)  # of an engine in which nothing of ours ever ran
+    engine_loader.settle(model)  # of an engine in which nothing of ours ever ran
     reads, go_on = threading.Semaphore(0), threading.Semaphore(0)
     original = Resident.digests
 
@@ -274,15 +274,15 @@ def test_nobody_takes_the_weights_away_under_a_read_back(tmp_path: Path, monkeyp
         thread.join()
 
     monkeypatch.setattr(Resident, "digests", slow)
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert reads.acquire(timeout=60)
-    waits(sglang_loader.settle)
+    waits(engine_loader.settle)
     assert json.loads((where / "readback.json").read_text())["ok"], "its result is there when settle returns"
     restage(tmp_path, [delta(2)])
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     assert reads.acquire(timeout=60)
     restage(tmp_path, ["v000000/manifest.full.json", delta(1), delta(2)])  # the same version in full
-    waits(sglang_loader.apply_staged)
+    waits(engine_loader.apply_staged)
     assert reads.acquire(timeout=60) and not (where / "readback.json").exists(), "that read-back was of other weights"
     go_on.release()
     assert json.loads(wait_for(where / "readback.json"))["version"] == 2 and same(model.hf(), versions[2])
@@ -290,8 +290,8 @@ def test_nobody_takes_the_weights_away_under_a_read_back(tmp_path: Path, monkeyp
 
 def test_the_interpreter_changes_hands_quickly_only_while_one_of_ours_wants_it() -> None:
     before = sys.getswitchinterval()
-    with sglang_loader.quickly:
-        with sglang_loader.quickly:
+    with engine_loader.quickly:
+        with engine_loader.quickly:
             assert sys.getswitchinterval() == pytest.approx(2e-4)
         assert sys.getswitchinterval() == pytest.approx(2e-4)
     assert sys.getswitchinterval() == before
@@ -308,7 +308,7 @@ def test_anything_that_load_weights_raises_is_an_outcome_and_no_exception(
         raise KeyError("model.layers.0.mlp.experts")
 
     monkeypatch.setattr(FusedModel, "load_weights", broken)
-    sglang_loader.apply_staged(model)
+    engine_loader.apply_staged(model)
     result = json.loads((where / "result.json").read_text())
     assert not result["ok"] and "KeyError: 'model.layers.0.mlp.experts'" in result["message"]
 
@@ -324,7 +324,7 @@ def test_a_failed_version_is_reported_and_only_a_full_one_mends_it(
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
 
     def outcome() -> dict[str, Any]:
-        sglang_loader.apply_staged(model)
+        engine_loader.apply_staged(model)
         return dict(json.loads((where / "result.json").read_text()))
 
     first = outcome()
@@ -346,7 +346,7 @@ def test_parameters_that_were_moved_and_changed_are_refused_and_found_again_by_a
     monkeypatch.setenv("ASTRA_STAGE_DIR", str(where))
 
     def outcome() -> dict[str, Any]:
-        sglang_loader.apply_staged(model)
+        engine_loader.apply_staged(model)
         return dict(json.loads((where / "result.json").read_text()))
 
     assert outcome()["ok"]
@@ -362,5 +362,5 @@ def test_parameters_that_were_moved_and_changed_are_refused_and_found_again_by_a
 
 
 def test_the_loader_module_imports_nothing_of_sglang() -> None:
-    source = Path(sglang_loader.__file__).read_text()
+    source = Path(engine_loader.__file__).read_text()
     assert "import sglang" not in source and "from sglang" not in source

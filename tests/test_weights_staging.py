@@ -17,7 +17,7 @@ from staged_tools import FusedModel, chain, delta, restage, stage, wait_for
 from torch import nn
 from transfer_tools import copies, same
 
-from astracli.engines.sglang import loader as sglang_loader
+from astracli.engines import loader as engine_loader
 from astracli.weights.receive import apply, reading, staging
 from astracli.weights.receive.staging import Held, Staging, Where
 
@@ -145,7 +145,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedMod
     monkeypatch.setenv("ASTRA_STAGING_KEPT", "1")
     model = FusedModel()
     yield model
-    known = sglang_loader.loaded_models[model]
+    known = engine_loader.loaded_models[model]
     known.settle()
     known.watcher.close()
     known.decoder.close()
@@ -153,7 +153,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedMod
 
 def staged_ahead(model: FusedModel, version: int) -> apply.Prepared:
     """What the engine's thread has brought to its place."""
-    watching, deadline = sglang_loader.loaded_models[model].watcher, time.monotonic() + 60
+    watching, deadline = engine_loader.loaded_models[model].watcher, time.monotonic() + 60
     while time.monotonic() < deadline:
         found = watching.prepared
         if found is not None and found.version == version:
@@ -163,8 +163,8 @@ def staged_ahead(model: FusedModel, version: int) -> apply.Prepared:
 
 
 def called(model: FusedModel, where: Path) -> dict[str, Any]:
-    sglang_loader.apply_staged(model)
-    sglang_loader.loaded_models[model].settle()  # the read-back still writes to the stage
+    engine_loader.apply_staged(model)
+    engine_loader.loaded_models[model].settle()  # the read-back still writes to the stage
     return dict(json.loads((where / "result.json").read_text()))
 
 
@@ -175,7 +175,7 @@ def test_full_versions_are_staged_beside_the_engine_and_read_back_like_deltas(
     where = stage(tmp_path, versions, [FULL.format(0)], transfer="full", full_interval=1)
     first = called(engine, where)  # the thread begins with this call
     assert first["ok"] and first["staging"] in ("file", "gpu") and same(engine.hf(), versions[0])
-    memory = sglang_loader.loaded_models[engine].staging
+    memory = engine_loader.loaded_models[engine].staging
     for version in (1, 2):
         restage(tmp_path, [FULL.format(version)])
         prepared = staged_ahead(engine, version)
@@ -202,12 +202,12 @@ def test_bits_that_rot_while_they_wait_are_found_in_the_pause_and_another_full_v
     assert called(engine, where)["ok"]
     restage(tmp_path, [FULL.format(1)])
     staged_ahead(engine, 1)
-    memory = sglang_loader.loaded_models[engine].staging.memory
+    memory = engine_loader.loaded_models[engine].staging.memory
     assert memory is not None
     memory[1] ^= 1
     wrong = called(engine, where)
     assert not wrong["ok"] and "1 of 9 tensors have the wrong digest: model.embed_tokens.weight" in wrong["message"]
-    assert sglang_loader.loaded_models[engine].version is None
+    assert engine_loader.loaded_models[engine].version is None
     restage(tmp_path, [FULL.format(1)])
     staged_ahead(engine, 1)
     mended = called(engine, where)
@@ -241,8 +241,8 @@ def test_what_waits_for_a_parameter_that_has_moved_or_left_its_gpu_is_read_again
     assert torch.equal(before, kept), "freed memory, in a real engine"
     restage(tmp_path, [FULL.format(2)])
     prepared = staged_ahead(engine, 2)
-    sglang_loader.settle(engine)  # its GPU goes to a trainer
-    known = sglang_loader.loaded_models[engine]
+    engine_loader.settle(engine)  # its GPU goes to a trainer
+    known = engine_loader.loaded_models[engine]
     assert known.staging.memory is None and known.watcher.prepared is None
     assert not known.place(prepared.manifests[-1].tensors).fits(prepared)
     again = called(engine, where)

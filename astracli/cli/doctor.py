@@ -69,7 +69,7 @@ def doctor(
     if loaded is not None and facts is None:
         from astracli.launch import inputs
 
-        here = inputs.findings(loaded, "train", prompt=wanted)
+        here = inputs.findings(loaded, loaded.command, prompt=wanted)
         start, prompt = here.refused, here.prompt
     report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
     if json and prompt is not None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from astracli.cli import adapters, doctor, evaluate, recipes, rollout, runs, train
+from astracli.cli import adapters, agent, doctor, evaluate, recipes, rollout, runs, sft, train
 from astracli.cli.output import Output
 from astracli.errors import AstraError, disk_full, machine_failed, refused_by_system
 from astracli.process.console import TYPED
@@ -23,14 +23,16 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command("train")(train.train)
+app.command("sft")(sft.sft)
 app.command("rollout")(rollout.rollout)
 app.command("eval", context_settings={"allow_extra_args": True})(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
+app.command("agent")(agent.agent)
 GROUPS = {"recipes": recipes.app, "adapters": adapters.app, "runs": runs.app}
 for name, group in GROUPS.items():
     app.add_typer(group, name=name)
 
-COMMANDS = ("train", "rollout", "eval", "doctor", *GROUPS)
+COMMANDS = ("train", "sft", "rollout", "eval", "doctor", "agent", *GROUPS)
 
 
 def _version(asked: bool) -> None:

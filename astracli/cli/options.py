@@ -66,6 +66,16 @@ FactsOpt = Annotated[
         autocompletion=complete_facts,
     ),
 ]
+FleetFactsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--facts",
+        metavar="FILE|NAME",
+        help="Plan for another machine: a file that describes it, or a name that ships with astra, such as 8xl40. "
+        "Again for each further host of launch.hosts, in its order.",
+        autocompletion=complete_facts,
+    ),
+]
 RunDirOpt = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Run directory; default: runs/RECIPE-YYYYmmdd-HHMMSS.")
 ]
@@ -87,6 +97,10 @@ OptionalRunArg = Annotated[
 RootOpt = Annotated[Path, typer.Option("--root", metavar="DIR", help="Folder that holds the runs.", readable=False)]
 
 
+SMALL = {"": "qwen3.5-tiny-m2po-delta", "sft": "tiny-sft"}
+"""A recipe that runs anywhere, by command."""
+
+
 def one_name(positional: str | None, option: str | None) -> str | None:
     """The recipe that a command line names, as an argument or as an option. Raises UserError when it names two."""
     if positional and option and positional != option:
@@ -104,18 +118,21 @@ def load_recipe(positional: str | None, option: str | None, overrides: list[str]
     name = one_name(positional, option)
     if name is None:
         raise UserError(
-            "no recipe given", f"for example `astra {command} qwen3.5-tiny-m2po-delta`; all: `astra recipes list`"
+            "no recipe given",
+            f"for example `astra {command} {SMALL.get(command, SMALL[''])}`; all: `astra recipes list`",
         )
     return recipe_io.load(name, overrides or ())
 
 
-def the_run(text: str | None, command: str | None = None) -> RunDir:
-    """A run by name or path; None is the newest, of this command if there is one. Raises UserError."""
+def the_run(text: str | None, *, training: bool = False) -> RunDir:
+    """A run by name or path; None is the newest, with `training` the newest that trains if there is one. Raises
+    UserError."""
+    from astracli.plan.types import TRAINING
     from astracli.runs import find as runs
 
     if text is not None:
         return runs.named(text)
-    found = runs.newest(command=command)
+    found = runs.newest(commands=TRAINING if training else ())
     if found is None:
         raise UserError("no runs under `runs`", "start one with `astra train RECIPE`, or name a run directory")
     return found

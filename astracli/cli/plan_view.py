@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,10 +21,15 @@ ELSEWHERE = "`--facts NAME` plans for another machine"
 
 
 def print_plan(
-    recipe: Recipe, command: Command, output: Output, facts: str | None = None, resumed: RunDir | None = None
+    recipe: Recipe,
+    command: Command,
+    output: Output,
+    facts: str | None = None,
+    resumed: RunDir | None = None,
+    others: Sequence[str | None] = (),
 ) -> None:
     """The plan of a command on this machine, or on the one of a document (`--facts`). Starts nothing. `resumed`: the
-    run that would go on.
+    run that would go on; `others`: documents of the hosts beside the first, in the order of launch.hosts.
 
     On this machine also every check that a start makes; raises typer.Exit(2) when one of them would refuse.
     """
@@ -33,7 +39,8 @@ def print_plan(
     from astracli.plan.view import render, to_json
 
     described = documents.load(facts) if facts is not None else None
-    found = launch.planned(recipe, command, described)
+    fleet = {host: documents.load(name) for host, name in zip(_hosts(recipe, others), others, strict=True) if name}
+    found = launch.planned(recipe, command, described, fleet)
     here = inputs.findings(recipe, command, resumed) if described is None else inputs.Findings([], None)
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
     refused = [check for check in here.refused if check.value not in known]
@@ -45,6 +52,7 @@ def print_plan(
         raise typer.Exit(2 if refused else 0)
     if described is not None:
         told = f"for the machine `{facts}`, not this one: {described.source}"
+        told += "".join(f"; host `{host}`: `{name}`" for host, name in zip(fleet, others, strict=True))
         output.text(textwrap.fill(told, room(), break_on_hyphens=False) + "\n")
     for table in render(found):
         output.table(table.columns, table.rows, table.title)
@@ -61,6 +69,17 @@ def print_plan(
         output.error(check.value, check.fix or None)
     if refused:
         raise typer.Exit(2)
+
+
+def _hosts(recipe: Recipe, others: Sequence[str | None]) -> list[str]:
+    """The hosts that documents are given for. Raises UserError when the run has fewer."""
+    agents = recipe.launch.agents
+    if len(others) > len(agents):
+        raise UserError(
+            f"--facts is given {1 + len(others)} times, and launch.hosts has {1 + len(agents)} for it",
+            'a cluster is planned with, for example, `--set \'launch.hosts=["a", "b"]\'`',
+        )
+    return list(agents[: len(others)])
 
 
 def refuse_facts(facts: str | None, dry_run: bool, command: Command) -> None:

@@ -33,7 +33,7 @@ def list_(root: RootOpt = Path("runs"), json: JsonOpt = False) -> None:
     if not found and not json:
         out().note(f"no runs under `{root}`")
         return
-    differ = many_runs.settings(found)
+    differ = many_runs.settings(found, skip_damaged=True)
     rows, shown = [], []
     for place, run in enumerate(found):
         row = many_runs.row(run) | {"settings": {key: values[place] for key, values in differ.items()}}
@@ -57,7 +57,7 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
 
     from astracli.report import run_files, status_page
 
-    found = the_run(run, "train")
+    found = the_run(run, training=True)
     if json:
         recorded = found.status()
         out(json).document(

@@ -1,9 +1,9 @@
-"""`astra train`: rollout, training and evaluation together."""
+"""`astra train`: rollout, training and evaluation together. `astra sft` (`sft.py`) starts by the same function."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -37,7 +37,7 @@ def train(
     recipe: options.RecipeOpt = None,
     set_: options.SetOpt = None,
     dry_run: options.DryRunOpt = False,
-    facts: options.FactsOpt = None,
+    facts: options.FleetFactsOpt = None,
     run_dir: options.RunDirOpt = None,
     resume: options.ResumeOpt = None,
     from_: FromOpt = None,
@@ -51,7 +51,26 @@ def train(
     --from starts a new run from the weights of another run, with the same recipe or another one. --json and --facts
     need --dry-run.
     """
-    refuse_facts(facts, dry_run, "train")
+    start("train", recipe_name, recipe, set_, dry_run, facts, run_dir, resume, from_, keep_optimizer, json)
+
+
+def start(
+    command: Literal["train", "sft"],
+    recipe_name: str | None,
+    recipe: str | None,
+    set_: list[str] | None,
+    dry_run: bool,
+    facts: list[str] | None,
+    run_dir: Path | None,
+    resume: Path | None,
+    from_: str | None,
+    keep_optimizer: bool,
+    json: bool,
+) -> None:
+    """What `astra train` and `astra sft` do: plan, or run."""
+    documents: list[str | None] = [*facts] if facts else [None]
+    first, *others = documents
+    refuse_facts(first, dry_run, command)
     if json and not dry_run:
         raise UserError(
             "--json prints a plan: it goes with --dry-run", "a run's figures: `astra runs status RUN --json`"
@@ -72,15 +91,19 @@ def train(
         source = from_run.find(from_, keep_optimizer=keep_optimizer)
         loaded = recipe_io.load(name or source.run.recipe_json, set_ or ())
     else:
-        loaded = options.load_recipe(recipe_name, recipe, set_, "train")
+        loaded = options.load_recipe(recipe_name, recipe, set_, command)
 
+    if run is None:
+        from astracli.launch import recipe_changes
+
+        recipe_changes.require(loaded, command)
     if dry_run:
-        print_plan(_as_started(loaded, run, source), "train", out(json), facts, resumed=run)
+        print_plan(_as_started(loaded, run, source), loaded.command, out(json), first, resumed=run, others=others)
         return
     from astracli.launch import run as launch
 
     more = {"source": source, "keep_optimizer": keep_optimizer} if source is not None else {}
-    raise typer.Exit(launch.train(loaded, run_dir=run_dir, resume=run.path if run else None, **more))
+    raise typer.Exit(launch.train(loaded, command=command, run_dir=run_dir, resume=run.path if run else None, **more))
 
 
 def _refuse_mixed(

@@ -7,7 +7,7 @@ come in by the same door. Only what a recipe names is imported.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,6 +40,8 @@ class AlgorithmSettings:
     """Its own settings: the table `[algorithm.NAME]`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Its own values of keys of `[algorithm]`, where a recipe says nothing."""
+    teacher: Callable[[Any], str] | None = None
+    """Its settings -> the model whose log-probabilities of every token it needs; None: none."""
     smallest_group: int = 2
     """Samples of a prompt that its advantage needs."""
     excluded: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class AlgorithmTable(Table):
 
     name: str = "m2po"
     """An entry point in the group `astra.algorithms`. This package has `m2po`, `grpo`, `dapo`, `dr_grpo`, `gspo`,
-    `cispo`, `decoupled` and `tis`. Settings that a recipe leaves out take the algorithm's own defaults."""
+    `cispo`, `decoupled`, `tis` and `distill`. Settings that a recipe leaves out take the algorithm's own defaults."""
     mismatch_cap: float | None = Field(default=None, ge=1.0)
     """Corrects for an engine whose probabilities differ from the trainer's, with any algorithm: tokens of the current
     version have the weight min(pi_trainer / pi_engine, mismatch_cap). 2 is usual. None: off."""
@@ -100,6 +102,12 @@ class AlgorithmTable(Table):
     """Normalise the advantages once more over the batch."""
     drop_equal_groups: bool = True
     """Leave out groups in which all rewards are equal. They have no gradient."""
+
+    @property
+    def teacher(self) -> str | None:
+        """The model whose log-probabilities the algorithm needs; None for most."""
+        asked = find(self.name).teacher
+        return asked(self.own) if asked is not None else None
 
     @property
     def own(self) -> Any:

@@ -38,7 +38,7 @@ def text(path: Path, limit: int = DOCUMENT_BYTES) -> str:
     return content.decode("utf-8")
 
 
-def from_json(source: str) -> Any:
+def from_json(source: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError, also for nesting that is too deep to be read."""
     try:
         return json.loads(source)

@@ -34,6 +34,7 @@ from astracli.config.recipe_run import (
     ResourcesTable,
     Table,
 )
+from astracli.config.recipe_sft import SftTable
 from astracli.config.recipe_train import TrainTable, WeightsTable
 
 Samples = Annotated[int, Field(gt=0, le=100_000)]
@@ -46,6 +47,9 @@ class ModelTable(Table):
     """Branch, tag or commit of a Hub id; None is the Hub's default branch."""
     made_by: str | None = None
     """The command that makes a local `path`. It is shown when nothing is there."""
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    """`random`: a training run starts from random weights, drawn by `seed`. `path` gives the config, the tokenizer and
+    the names of the tensors."""
     adapter: str = "auto"
     """Name of a model adapter. `auto`: the adapter that claims the checkpoint's `model_type`."""
     thinking: Literal["on", "off"] = "off"
@@ -107,6 +111,7 @@ class Recipe(Table):
     env: EnvTable = EnvTable()
     train: TrainTable
     lora: LoraTable | None = None
+    sft: SftTable | None = None
     algorithm: SerializeAsAny[AlgorithmTable] = Field(default_factory=lambda: AlgorithmTable.model_validate({}))
     weights: WeightsTable = WeightsTable()
     eval: EvalTable = EvalTable()
@@ -130,9 +135,24 @@ class Recipe(Table):
         return 0 if self.launch.deterministic else self.train.max_staleness
 
     @property
+    def command(self) -> Literal["train", "sft"]:
+        """The command that trains with this recipe."""
+        return "train" if self.sft is None else "sft"
+
+    @property
+    def training_data(self) -> DataTable:
+        """`[data]` as training reads it: examples of `astra sft` need no right answer."""
+        return self.data if self.sft is None else self.data.model_copy(update={"answer_field": ""})
+
+    @property
     def batch_sequences(self) -> int:
-        """Sequences of one step: `train.batch_groups` x `rollout.group_size`."""
-        return self.train.batch_groups * self.rollout.group_size
+        """Sequences of one step: `train.batch_groups` x `rollout.group_size`; with `[sft]` `train.batch_groups`."""
+        return self.train.batch_groups * (self.rollout.group_size if self.sft is None else 1)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the version after `step` steps is to be evaluated."""
+        every = self.eval.every if self.eval.benchmarks else 0
+        return every > 0 and (step % every == 0 or step == self.train.steps)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` steps is written as a checkpoint."""
@@ -204,9 +224,13 @@ class Recipe(Table):
                 f"{self.effective_staleness} versions behind: the n-th replay of a batch trains it n versions late"
             )
         if train.minibatches > self.batch_sequences:
+            groups = f"train.batch_groups = {train.batch_groups}"
             raise ValueError(
                 f"train.minibatches = {train.minibatches} is more than the {self.batch_sequences} sequences of a step "
-                f"(train.batch_groups = {train.batch_groups} x rollout.group_size = {rollout.group_size})"
+                f"({groups} examples)"
+                if self.sft is not None
+                else f"train.minibatches = {train.minibatches} is more than the {self.batch_sequences} sequences of a "
+                f"step ({groups} x rollout.group_size = {rollout.group_size})"
             )
         if isinstance(evaluation.samples, int) and evaluation.samples < evaluation.pass_k:
             raise ValueError(
@@ -218,6 +242,12 @@ class Recipe(Table):
                 'env.tools is for an environment that calls tools, but rollout.env = "single_turn": '
                 'set rollout.env = "tools"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _coherent_hosts(self) -> Recipe:
+        if problem := self.launch.problem():
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -241,6 +271,13 @@ class Recipe(Table):
             raise ValueError("weights.transfer = adapter, but there is no table [lora]: all weights are trained")
         if self.lora is not None and self.train.sharding not in ("auto", "full"):
             raise ValueError(f"train.sharding = {self.train.sharding}, but with [lora] ranks divide the frozen weights")
+        for key, wrong in (
+            ("algorithm.kl_coef", self.algorithm.kl_coef),
+            ("data.curriculum", self.data.curriculum),
+            ("train.replay_ratio", self.train.replay_ratio),
+        ):
+            if self.sft is not None and wrong:
+                raise ValueError(f"{key} is for reinforcement learning, but with [sft] there are no rollouts")
         band = self.data.curriculum
         if band is not None and band.low > band.high:
             raise ValueError(f"data.curriculum.low = {band.low} is over data.curriculum.high = {band.high}")

@@ -5,6 +5,7 @@ All of it but `launch.deterministic` may change on a resume; `launch.resume_rule
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,11 @@ from pydantic_core import PydanticCustomError
 Processes = Annotated[int, Field(ge=0, le=1024)]
 """How many processes, ranks, GPUs or threads of one kind."""
 SomeProcesses = Annotated[int, Field(gt=0, le=1024)]
+HOST_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+HostName = Annotated[str, Field(pattern=HOST_NAME)]
+"""Of a machine: it also names files."""
+NEWCOMER = "new"
+"""Names the token file of hosts that are not in `launch.hosts`."""
 
 
 class Table(BaseModel):
@@ -105,7 +111,19 @@ class ResourcesTable(Table):
 
 class LaunchTable(Table):
     host: str = "127.0.0.1"
-    """Address on which the hub and the engines listen."""
+    """Address on which the hub and the engines listen. Beyond this machine it needs `network = "private"`."""
+    network: Literal["loopback", "private"] = "loopback"
+    """`private`: addresses beyond this machine may be used, because nobody but you can reach that network. What is sent
+    is not encrypted, and the collectives of torch and NCCL know no token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the hub. 0: one that is free. A fixed one lets agents be started before the run."""
+    hosts: Literal["local"] | Annotated[list[HostName], Field(min_length=1)] = "local"
+    """`local`: every process runs here. A list of names: the trainer runs on the first, which is this machine, and the
+    engines on the others, where `astra agent` has been started. With a list, more hosts may join while the run goes
+    on."""
+    agent_lease_s: PositiveFloat = 45.0
+    """An agent that has not heard the hub for so long ends its processes; the run then goes on without it. At most
+    five sixths of `heartbeat_timeout_s`."""
     deterministic: bool = False
     """Every run with the same recipe gives the same bytes: staleness 0, fixed slots, batches sorted by id."""
     max_restarts: NonNegativeInt | None = None
@@ -127,6 +145,39 @@ class LaunchTable(Table):
     """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted: the file stops
     growing. None: 100, or 1000 with `data.curriculum`, which reads solve rates from these rows. (What was generated
     leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Hosts other than the first, where agents start the processes."""
+        return () if isinstance(self.hosts, str) else tuple(self.hosts[1:])
+
+    def problem(self) -> str | None:
+        """Why these values do not go together; None when they do."""
+        if not is_loopback(self.host) and self.network != "private":
+            return (
+                f'launch.host = "{self.host}" is reached from other machines: set launch.network = "private" if only '
+                "machines that you trust are in that network"
+            )
+        if not isinstance(self.hosts, str) and NEWCOMER in self.hosts:
+            return f"launch.hosts = {self.hosts}: `{NEWCOMER}` stands for hosts that join later, take another name"
+        if len({*self.agents}) < len(self.agents) or (not isinstance(self.hosts, str) and self.hosts[0] in self.agents):
+            return f"launch.hosts = {self.hosts} names a host twice"
+        if self.agents and 1.2 * self.agent_lease_s > self.heartbeat_timeout_s:
+            return (
+                f"launch.agent_lease_s = {self.agent_lease_s:g} needs a launch.heartbeat_timeout_s of at least "
+                f"{1.2 * self.agent_lease_s:g}: below that, processes count as dead while their agent holds them"
+            )
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class MetricsTable(Table):

@@ -71,8 +71,9 @@ def fetch(recipe: Recipe, first: dict[str, Problem] | None = None) -> dict[str, 
 
     Raises UserError: unknown source, gated or missing on the Hub, missing fields, no rows.
     """
-    paths = {name: fetch_set(table) for name, table in sets(recipe.data).items()}
-    for name, table in sets(recipe.data).items():
+    tables = sets(recipe.training_data)
+    paths = {name: fetch_set(table) for name, table in tables.items()}
+    for name, table in tables.items():
         if (path := paths[name]) is not None:
             problem = load(table, path)[0]
             if first is not None:

@@ -68,18 +68,34 @@ class TextRows(Rows):
         return f"`{self.path}` line {self._line(place)}"
 
     def _json(self, place: int) -> Row:
+        text = self._text(place).rstrip("\r\n")
         try:
-            found = values.parse(self._text(place).rstrip("\r\n"))
+            found = values.parse(text)
         except json.JSONDecodeError as error:
-            line = (self._line(place) or 1) + error.lineno - 1
+            line, column = self._spot(place, text, error.pos)
             raise UserError(
-                f"`{self.path}` line {line} is not JSON: {error.msg} at column {error.colno}", "one JSON object a line"
+                f"`{self.path}` line {line} is not JSON: {error.msg} at column {column}", "one JSON object a line"
             ) from None
         except values.BadValue as error:
-            raise UserError(f"{self.where(place)} {error.what}", "mend the row, or leave it out") from None
+            if error.place is None:
+                raise UserError(f"{self.where(place)} {error.what}", "mend the row, or leave it out") from None
+            line, column = self._spot(place, text, error.place)
+            raise UserError(
+                f"`{self.path}` line {line} column {column} {error.what}", "write it as text, between quotes"
+            ) from None
         if not isinstance(found, dict):
             raise UserError(f"{self._at(place)} is no JSON object but {type(found).__name__}")
         return found
+
+    def _spot(self, place: int, text: str, at: int) -> tuple[int, int]:
+        """(line, column) in the file of a character of a row."""
+        breaks = text.count("\n", 0, at)
+        column = at - text.rfind("\n", 0, at)
+        return (self._line(place) or 1) + breaks, column if breaks else column + self._before(place)
+
+    def _before(self, place: int) -> int:
+        """Characters in front of a row on its first line."""
+        return 0
 
 
 class JsonlRows(TextRows):
@@ -114,7 +130,7 @@ def json_rows(path: Path, shown: Path, split: str) -> Rows:
         more = any(line.strip() for line in file)
     if line.startswith(b"{"):
         try:
-            first = values.parse(line.decode("utf-8", "replace"))
+            first = values.parse(line.decode("utf-8", "replace"), long_numbers=True)
         except ValueError:
             first = None
         wrapped = isinstance(first, dict) and any(isinstance(first.get(key), list) for key in (*WRAPPERS, split))
@@ -192,6 +208,11 @@ class JsonRows(TextRows):
     def _line(self, place: int) -> int:
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             return _line_at(text, int(self._starts[place]))
+
+    def _before(self, place: int) -> int:
+        start = int(self._starts[place])
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            return len(text[text.rfind(b"\n", 0, start) + 1 : start].decode("utf-8", "replace"))
 
     def _raw(self, place: int) -> Mapping[str, Any]:
         return self._json(place)

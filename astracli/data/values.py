@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -16,30 +18,33 @@ from uuid import UUID
 
 DEEPEST = 100
 """Levels of lists and objects inside each other."""
-_LONG_DIGITS = 4000
-"""Python turns at most 4,300 digits into a number, by default."""
+_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|(\d+)', re.S)
+"""Strings of JSON, and digits outside them."""
 
 
 class BadValue(ValueError):
-    """A value that cannot be used: `column` (dotted) and what is wrong with it."""
+    """A value that cannot be used: `column` (dotted), what is wrong with it, and its `place` in a text."""
 
-    def __init__(self, column: str, what: str):
+    def __init__(self, column: str, what: str, place: int | None = None):
         super().__init__(column, what)
-        self.column, self.what = column, what
+        self.column, self.what, self.place = column, what, place
 
 
-def parse(text: str) -> Any:
-    """JSON -> value. `NaN` is None, a whole number of thousands of digits stays text.
+def parse(text: str, *, long_numbers: bool = False) -> Any:
+    """JSON -> value. `NaN` is None.
 
-    Raises json.JSONDecodeError, and BadValue for what is nested too deeply.
+    Raises json.JSONDecodeError, and BadValue for what is nested too deeply and for a whole number of more digits than
+    Python reads (4,300 by default); with `long_numbers` it is text.
     """
     try:
         try:
             return _JSON.decode(text)
         except json.JSONDecodeError:
             raise
-        except ValueError:  # a number with more digits than Python converts
-            return _LONG_JSON.decode(text)
+        except ValueError:
+            if long_numbers:
+                return _LONG_JSON.decode(text)
+            raise _long_number(text) from None
     except RecursionError:
         raise BadValue("", f"is nested more than {DEEPEST} levels deep") from None
 
@@ -96,7 +101,13 @@ def _constant(name: str) -> float | None:
 
 
 def _whole(digits: str) -> int | str:
-    return digits if len(digits) > _LONG_DIGITS else int(digits)
+    return digits if len(digits) > sys.get_int_max_str_digits() else int(digits)
+
+
+def _long_number(text: str) -> BadValue:
+    most = sys.get_int_max_str_digits()
+    long = next(found for found in _NUMBER.finditer(text) if len(found[1] or "") > most)
+    return BadValue("", f"holds a whole number of {len(long[1]):,} digits, of which {most:,} can be read", long.start())
 
 
 _JSON = json.JSONDecoder(parse_constant=_constant)

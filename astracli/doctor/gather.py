@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from astracli.config import reading
 from astracli.config.recipe import Recipe
 from astracli.config.recipe_data import GENERATED, DataTable, sets
 from astracli.errors import UserError
@@ -80,7 +81,7 @@ def _beside(place: Path) -> dict[str, Any]:
     shards: set[str] = set()
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
+            shards = set(reading.from_json(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError):
             shards = {f"{index.name} (unreadable)"}
     elif not any(place.glob("*.safetensors")):

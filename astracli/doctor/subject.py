@@ -84,7 +84,7 @@ def subject(recipe: Recipe | None, facts: Machine) -> Subject:
     try:
         found = replace(found, adapter=(adapter := registry.resolve(recipe, found.config)))
         found = replace(found, choice=(choice := choose(adapter, facts, recipe, found.config)))
-        return replace(found, plan=build(recipe, adapter, choice, facts, config=found.config))
+        return replace(found, plan=build(recipe, adapter, choice, facts, command=recipe.command, config=found.config))
     except UserError as error:
         return replace(found, refusal=error)
 

@@ -41,6 +41,11 @@ CONTROL_S = 600.0
 """How long a call that generates nothing may take: control, or an update."""
 
 
+class CallLost(RunFailed):
+    """The connection of a call that generates broke, or its answer was changed on the way: the engine may still be
+    there, and whoever asked may ask it again."""
+
+
 class EngineClient:
     """Talks to one engine. An error that trying again does not solve is a RunFailed with the engine's name and URL.
 
@@ -100,8 +105,8 @@ class EngineClient:
 
         With `ended`, which is called with each result when its request ends, the answer comes piece by piece.
 
-        Raises RunFailed when the engine dies, refuses a request, or does not serve for `not_serving_s`. What else was
-        asked for with it is then abandoned.
+        Raises CallLost when the connection breaks, also because the engine died, and RunFailed when the engine refuses
+        a request or does not serve for `not_serving_s`. What else was asked for with it is then abandoned.
         """
         if not requests:
             return []
@@ -115,7 +120,7 @@ class EngineClient:
             try:
                 reply = await self._http.request("POST", "/generate", body, timeout=None)
             except HttpError as error:
-                raise self._gone(error, "/generate") from None
+                raise self._gone(error, "/generate", CallLost) from None
             if reply.status_code != 503 or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_RETRY_S)
@@ -141,7 +146,7 @@ class EngineClient:
                                 said = line.removeprefix(b"id: ").decode()
                             if line.startswith(b"data: {"):
                                 if intact.damaged(line, said):
-                                    raise self._failure(f"answered /generate, but {intact.WORDS}")
+                                    raise HttpError(f"the answer: {intact.WORDS}")
                                 answer = _decoded(line[len(b"data: ") :])
                                 result = self._read(requests[answer["index"]], answer)
                                 results[answer["index"]] = result
@@ -149,7 +154,7 @@ class EngineClient:
                         break
                     reply = await streamed.read()
             except HttpError as error:
-                raise self._gone(error, "/generate") from None
+                raise self._gone(error, "/generate", CallLost) from None
             if reply.status_code != 503 or time.monotonic() > deadline:
                 self._content(reply, "/generate")
             await asyncio.sleep(_RETRY_S)
@@ -276,11 +281,11 @@ class EngineClient:
         detail = message or (document.get("message") if isinstance(document, dict) else None) or reply.text[:300]
         raise self._failure(f"answered {path} with {reply.status_code}: {detail}")
 
-    def _gone(self, error: Exception, path: str) -> RunFailed:
-        return self._failure(f"is gone: {error or type(error).__name__} ({path})", "read its log")
+    def _gone(self, error: Exception, path: str, kind: type[RunFailed] = RunFailed) -> RunFailed:
+        return self._failure(f"is gone: {error or type(error).__name__} ({path})", "read its log", kind)
 
-    def _failure(self, what: str, hint: str | None = None) -> RunFailed:
-        return RunFailed(f"{self.name} at {self.url} {what}", hint)
+    def _failure(self, what: str, hint: str | None = None, kind: type[RunFailed] = RunFailed) -> RunFailed:
+        return kind(f"{self.name} at {self.url} {what}", hint)
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:

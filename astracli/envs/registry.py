@@ -61,7 +61,7 @@ def _imported(spec: str) -> object:
 def validate(name: str) -> None:
     """Raises UserError when there is no such environment. A module that is not ours is imported in a process."""
     if name not in SHIPPED:
-        _ask(name, "")
+        ask(name, "")
 
 
 def check(
@@ -74,10 +74,11 @@ def check(
     if name == BUILT_IN:
         return None
     document = {"recipe": recipe.model_dump(mode="json"), "folder": str(folder), "messages": [*map(dict, messages)]}
-    return _ask(name, json.dumps(document | {"row": dict(row or {})}, default=str))
+    return ask(name, json.dumps(document | {"row": dict(row or {})}, default=str))
 
 
-def _ask(name: str, document: str) -> list[int] | None:
+def ask(name: str, document: str) -> list[int] | None:
+    """What this module, as a program of its own, says of an environment. Raises UserError for a refusal."""
     command = [sys.executable, "-P", "-m", "astracli.envs.registry", name]
     try:
         done = subprocess.run(command, input=document, capture_output=True, text=True, timeout=IMPORT_S)

@@ -12,7 +12,6 @@ does not reject. With fewer than `LEAST` items even differences of one sign have
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from astracli.errors import UserError
+from astracli.runs import documents
 
 DRAWS = 10_000
 EXACT = 14
@@ -87,11 +87,9 @@ def read_shares(text: str) -> Shares:
 def _shares(file: Path) -> list[tuple[str, dict[str, float]]]:
     right: dict[str, list[bool]] = defaultdict(list)
     benchmark = ""
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            benchmark = row["benchmark"]
-            right[row["problem_id"]].append(row["verdict"] == "right")
+    for row in documents.lines(file, "benchmark", "problem_id", "verdict"):
+        benchmark = row["benchmark"]
+        right[row["problem_id"]].append(row["verdict"] == "right")
     return [(benchmark, {item: sum(each) / len(each) for item, each in right.items()})] if right else []
 
 

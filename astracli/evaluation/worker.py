@@ -89,7 +89,9 @@ class Evaluator:
             hub = await stack.enter_async_context(AsyncHubClient(self.config.hub_url, self.config.token))
             clients = {}
             for entry in self.config.engines:
-                made = engine.client(entry.url, self.config.token, name=entry.name, stage_dir=entry.stage_dir)
+                made = engine.client(
+                    entry.url, entry.token or self.config.token, name=entry.name, stage_dir=entry.stage_dir
+                )
                 client = clients[entry.name] = await stack.enter_async_context(made)
                 if of_run is None:
                     await client.wait_ready(launch.ready_timeout_s)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,6 +22,9 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp
 
 from astracli.errors import AstraError, disk_failed
+from astracli.hub import agent_api
+from astracli.hub.agents import Agents
+from astracli.hub.polls import Poll
 from astracli.hub.store import HubStore
 from astracli.hub.types import BadRequest, GpuLeaseReply, Holders, Leases, NextBatch, NextEvaluation, Target
 from astracli.hub.wire import MAX_WAIT_S, called_with_body, pack_answer
@@ -49,19 +52,10 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return _error(500, full.message, full.hint)
 
 
-@dataclass(frozen=True)
-class _Poll(Generic[T]):
-    """An answer that a client waits for: `ask()` again at every change, until it is `ready` or `wait_s` have passed."""
-
-    wait_s: float
-    ask: Callable[[], T]
-    ready: Callable[[T], bool]
-
-
 class _Pulse:
     """Wakes every waiting request when the store changed, from whichever thread it did."""
 
-    def __init__(self, store: HubStore):
+    def __init__(self, store: HubStore | Agents):
         self._event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         store.subscribe(self._on_change)
@@ -74,7 +68,7 @@ class _Pulse:
         self._event.set()
         self._event = asyncio.Event()
 
-    async def answer(self, request: Request, poll: _Poll[T]) -> T:
+    async def answer(self, request: Request, poll: Poll[T]) -> T:
         """The poll's last answer; also when the client is gone."""
         self._loop = asyncio.get_running_loop()
         end = time.monotonic() + min(poll.wait_s, MAX_WAIT_S)
@@ -100,32 +94,32 @@ class _Hub:
 
     def lease(
         self, worker: str, n: int, engine: str | None = None, request: str | None = None, wait_s: float = 0.0
-    ) -> _Poll[Leases]:
-        return _Poll(
+    ) -> Poll[Leases]:
+        return Poll(
             wait_s,
             lambda: self._store.lease(worker, n, engine=engine, request=request),
             lambda r: bool(r.leases) or r.stop,
         )
 
-    def batch(self, step: int, wait_s: float = 0.0) -> _Poll[NextBatch]:
-        return _Poll(wait_s, lambda: self._store.batch(step), lambda r: r.batch is not None)
+    def batch(self, step: int, wait_s: float = 0.0) -> Poll[NextBatch]:
+        return Poll(wait_s, lambda: self._store.batch(step), lambda r: r.batch is not None)
 
     def target(
         self, engine: str, have: int | None = None, pinned: bool | None = None, wait_s: float = 0.0
-    ) -> _Poll[Target]:
+    ) -> Poll[Target]:
         def is_news(reply: Target) -> bool:
             return reply.stop or reply.wanted or reply.version not in (None, have) or pinned not in (None, reply.pinned)
 
-        return _Poll(wait_s, lambda: self._store.target(engine), is_news)
+        return Poll(wait_s, lambda: self._store.target(engine), is_news)
 
-    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> _Poll[GpuLeaseReply]:
-        return _Poll(wait_s, lambda: self._store.take_gpu_lease(gpu_lease, who), lambda r: r.held or r.stop)
+    def take_gpu_lease(self, gpu_lease: str, who: str, wait_s: float = 0.0) -> Poll[GpuLeaseReply]:
+        return Poll(wait_s, lambda: self._store.take_gpu_lease(gpu_lease, who), lambda r: r.held or r.stop)
 
-    def eval_next(self, finishing: list[int], wait_s: float = 0.0) -> _Poll[NextEvaluation]:
-        return _Poll(wait_s, lambda: self._store.eval_next(finishing), lambda r: r.evaluation is not None or r.stop)
+    def eval_next(self, finishing: list[int], wait_s: float = 0.0) -> Poll[NextEvaluation]:
+        return Poll(wait_s, lambda: self._store.eval_next(finishing), lambda r: r.evaluation is not None or r.stop)
 
-    def eval_engines(self, version: int, have: list[str] | None = None, wait_s: float = 0.0) -> _Poll[Holders]:
-        return _Poll(wait_s, lambda: self._store.eval_engines(version), lambda r: r.stop or r.engines != have)
+    def eval_engines(self, version: int, have: list[str] | None = None, wait_s: float = 0.0) -> Poll[Holders]:
+        return Poll(wait_s, lambda: self._store.eval_engines(version), lambda r: r.stop or r.engines != have)
 
     def status(
         self,
@@ -156,8 +150,11 @@ def build_app(
     weights_app: ASGIApp | None = None,
     metrics_path: Path | None = None,
     on_status: Callable[[dict[str, Any]], None] | None = None,
+    agents: Agents | None = None,
+    inputs: Callable[[str], Path | None] = lambda name: None,
 ) -> ASGIApp:
-    """The hub's ASGI app. `weights_app` serves `/weights`; `on_status` sees every heartbeat, in the server's thread."""
+    """The hub's ASGI app. `weights_app` serves `/weights`; `on_status` sees every heartbeat, in the server's thread.
+    `agents`: of a run on several hosts; `inputs`: the file that an agent may fetch under a name."""
     hub, pulse = _Hub(store, metrics_path, on_status), _Pulse(store)
     calls: dict[str, Callable[..., Any]] = {
         "/lease": hub.lease,
@@ -185,7 +182,7 @@ def build_app(
     def route(path: str, call: Callable[[bytes], Any], method: str = "POST") -> Route:
         async def answer(request: Request) -> Response:
             reply = call(await request.body())
-            body, media_type = pack_answer(await pulse.answer(request, reply) if isinstance(reply, _Poll) else reply)
+            body, media_type = pack_answer(await pulse.answer(request, reply) if isinstance(reply, Poll) else reply)
             return Response(body, media_type=media_type)
 
         return Route(path, answer, methods=[method])
@@ -194,5 +191,11 @@ def build_app(
     routes.append(route("/group", store.put, "PUT"))
     if weights_app is not None:
         routes.append(Mount("/weights", weights_app))
+    if agents is not None:
+        routes += agent_api.routes(agents, _Pulse(agents).answer, inputs)
     known: Any = dict.fromkeys((BadRequest, AstraError, OSError, sqlite3.OperationalError), _on_error)
-    return TokenGuard(Starlette(routes=routes, exception_handlers=known), token, _error(401, "missing or wrong token"))
+    app: ASGIApp = Starlette(routes=routes, exception_handlers=known)
+    refusal = _error(401, "missing or wrong token")
+    if agents is None:
+        return TokenGuard(app, token, refusal)
+    return TokenGuard(app, token, refusal, agents.holder, agent_api.Limited)

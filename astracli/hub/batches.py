@@ -61,7 +61,7 @@ class BatchBook:
             timeouts=timeouts + self.forgotten("timeouts"),
             reward_errors=errors + self.forgotten("errors"),
             consumed_steps=acked,
-            consumed_groups=(acked - replayed) * self._size,
+            consumed_groups=0 if self._settings.own_batches else (acked - replayed) * self._size,
             replayed_steps=replayed,
         )
 
@@ -190,6 +190,8 @@ class BatchBook:
         before it, so that either can be resumed from. A run that has no checkpoint and makes none cannot be resumed in
         the middle: nothing is kept but this step's groups, which the next one may train on again.
         """
+        while self._settings.own_batches and self.next_step <= step:
+            self._fix(self.next_step, [], None)
         with self._db.transaction() as sql:
             change = sql.execute("UPDATE batches SET acked = 1, version = ? WHERE step = ?", (version, step))
             if not change.rowcount:
@@ -229,7 +231,7 @@ class BatchBook:
         if batch is None or step <= self.forgotten("steps"):
             return
         where = "lease_id < ? AND state IN ('assigned', 'dropped', 'expired', 'skipped') AND (step IS NULL OR step < ?)"
-        values = (min(json.loads(batch[0])), step)
+        values = (min(json.loads(batch[0]), default=0), step)
         gone = self._db.rows(
             f"SELECT state, COUNT(*), COALESCE(SUM(timeouts), 0), COALESCE(SUM(errors), 0) FROM groups WHERE {where} "
             "GROUP BY state",
@@ -259,7 +261,7 @@ class BatchBook:
 
     def check_rewind(self, step: int) -> None:
         """Raises RunFailed when a batch of `step` or later can no longer be served, or earlier ones are unknown."""
-        if step > self.next_step:
+        if step > self.next_step and not self._settings.own_batches:  # the trainer's own ones follow from the step
             raise RunFailed(
                 f"hub.sqlite is damaged or an old copy: it knows the batches of {count(self.next_step, 'step')}, the "
                 f"checkpoint has trained {step}",

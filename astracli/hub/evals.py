@@ -96,10 +96,10 @@ class EvalBoard:
     def target(self, engine: str) -> tuple[int | None, bool]:
         """(version that the engine should hold or None, whether an evaluation pins it there).
 
-        An engine that is past the evaluated version never goes back.
+        An engine that is past the evaluated version never goes back; one that joined later serves no evaluation.
         """
         latest, running = self.latest, self.running
-        if latest is None or running is None or engine in self._released:
+        if latest is None or running is None or engine in self._released or engine not in self._names:
             return latest, False
         report = self.engines.get(engine)
         if report is not None and report.version is not None and report.version > running.version:

@@ -154,7 +154,7 @@ class HubStore:
     def release_worker(self, worker: str) -> int:
         """A worker died: its leases return to the queue, an engine of that name is down. -> how many leases."""
         with self._changing():
-            if worker in self.settings.engines:
+            if worker in self.settings.engines or worker in self._board.engines:
                 self._board.report(worker, EngineReport(None, "down"))
             self._gpu_leases.forget(worker)
             return self._leases.requeue("state = 'leased' AND worker = ?", worker)

@@ -51,6 +51,9 @@ class HubSettings:
     checkpoints: bool = True
     """Without them nothing is kept for a resume: what a step was trained on goes with the next one."""
     gpu_leases: tuple[str, ...] = ()
+    own_batches: bool = False
+    """The trainer makes its batches itself, of a data set: a step is written down when it is acknowledged, without
+    groups."""
     checkpoint_every: int = 0
     """Not 0: an evaluation that has waited takes only a version that has a checkpoint, which is so every n-th step, at
     steps at which an evaluation is due, and at the last."""

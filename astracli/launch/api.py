@@ -163,6 +163,24 @@ def train(
     return _ended(*launch.train_run(asked, run_dir=where, source=source, keep_optimizer=keep_optimizer))
 
 
+def sft(
+    recipe: Recipe | str | Path,
+    changes: Changes | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    start_from: Run | str | Path | None = None,
+) -> Run:
+    """`astra sft`: supervised training by a recipe with a table `[sft]`. `start_from`: as `train` has it."""
+    from astracli.launch import from_run
+    from astracli.launch import run as launch
+
+    asked = changed(recipe if isinstance(recipe, Recipe) else load(recipe), changes)
+    named = start_from.path if isinstance(start_from, Run) else start_from
+    source = from_run.find(str(named)) if named is not None else None
+    where = Path(run_dir) if run_dir is not None else None
+    return _ended(*launch.train_run(asked, command="sft", run_dir=where, source=source))
+
+
 def resume(run: Run | str | Path, changes: Changes | None = None) -> Run:
     """`astra train --resume`: go on with a run from its checkpoint, with what may change changed."""
     from astracli.launch import run as launch

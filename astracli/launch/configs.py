@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 from astracli.config.recipe import Recipe
 from astracli.engines.registry import of as engine_of
@@ -15,7 +18,7 @@ from astracli.launch.inputs import Inputs
 from astracli.launch.launcher import Process
 from astracli.launch.restarts import Retry
 from astracli.machine.memory import Component
-from astracli.plan.types import LaunchPlan, ProcessPlan
+from astracli.plan.types import TRAINING, LaunchPlan, ProcessPlan
 from astracli.process import ports as net
 from astracli.process.config import (
     EngineAddress,
@@ -56,21 +59,39 @@ class RunContext:
 
     @property
     def training(self) -> bool:
-        return self.plan.command == "train"
+        return self.plan.command in TRAINING
 
 
-def build(context: RunContext, hub_url: str) -> list[Process]:
-    """Every process of the plan, with ports that are free now."""
+@dataclass(frozen=True)
+class Site:
+    """Where the processes of another host listen."""
+
+    address: str
+    ports: tuple[int, ...]
+    """Free ones, for its engines."""
+    token: str = field(repr=False)
+    """What they ask of their callers."""
+
+
+def build(
+    context: RunContext, hub_url: str, held: ExitStack, sites: Mapping[str, Site] = MappingProxyType({})
+) -> list[Process]:
+    """Every process of the plan, with ports that are theirs until `held` is closed. `sites`: the other hosts."""
     host, plan = context.recipe.launch.host, context.plan
-    names = [process.name for process in plan.processes if process.role is Role.ENGINE]
-    *ports, rendezvous = net.free_ports(len(names) + 1, host)
-    port_of, stage = dict(zip(names, ports, strict=True)), context.run_dir.stage.resolve()
-    engines = tuple(
-        EngineAddress(name=name, url=net.url(host, port), stage_dir=stage / name) for name, port in port_of.items()
-    )
+    *ports, rendezvous = net.held_ports(sum(p.role is Role.ENGINE for p in plan.processes) + 1, host, held)
+    here, stage = Site(host, tuple(ports), context.token), context.run_dir.stage.resolve()
+    free = {name: iter(site.ports) for name, site in (*sites.items(), (None, here))}
+    engines = {}
+    for process in plan.processes:
+        if process.role is Role.ENGINE:
+            site = here if process.host is None else sites[process.host]
+            address = net.url(site.address, next(free[process.host]))
+            engines[process.name] = EngineAddress(
+                name=process.name, url=address, stage_dir=stage / process.name, token=site.token
+            )
     # with what the plan derived in its place
     rollout = context.recipe.rollout.model_copy(update={"max_running_requests": plan.running_requests})
-    common = {
+    common: dict[str, Any] = {
         "run_dir": context.run_dir.path.resolve(),
         "attempt": context.attempt,
         "hub_url": hub_url,
@@ -82,17 +103,25 @@ def build(context: RunContext, hub_url: str) -> list[Process]:
     processes = []
     for process in plan.processes:
         own = common | {"name": process.name, "threads": process.threads}
+        if process.host is not None:
+            own |= _elsewhere(own["recipe"], sites[process.host])
         if process.role is Role.ENGINE:
-            own |= {"port": port_of[process.name], "stage_dir": stage / process.name}
+            port = urlsplit(engines[process.name].url).port
+            own |= {"port": port, "stage_dir": stage / process.name}
             config = _engine(context, process, own)
         else:
-            config = _client(context, process, own | {"engines": engines})
-        env = {**_interfaces(process, host), **_rank_env(process, host, rendezvous)}
+            beside = {
+                p.name for p in plan.processes if p.host == process.host
+            }  # a rollout worker has those of its host
+            asked = [e for name, e in engines.items() if process.role is not Role.ROLLOUT or name in beside]
+            config = _client(context, process, own | {"engines": tuple(asked)})
+        env = {**interfaces(process.role, host), **_rank_env(process, host, rendezvous)}
+        env = {} if process.host is not None else env  # its agent knows its own interfaces
         processes.append(Process(process, config, env))
     return processes
 
 
-def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
+def retry(context: RunContext, processes: Sequence[Process], held: ExitStack) -> Retry | None:
     """How trainer ranks on GPUs start once more when their first all-reduce fails; None for one rank, or on a CPU."""
     ranks = [process for process in processes if process.plan.role is Role.TRAINER]
     known = all(os.environ.get(name) == value for name, value in WITHOUT_PEERS.items())
@@ -100,13 +129,19 @@ def retry(context: RunContext, processes: Sequence[Process]) -> Retry | None:
         return None
 
     def again() -> list[Process]:
-        (port,) = net.free_ports(1, context.recipe.launch.host)
+        (port,) = net.held_ports(1, context.recipe.launch.host, held)
         env = {**WITHOUT_PEERS, "MASTER_PORT": str(port)}
         return [replace(rank, env={**rank.env, **env}) for rank in ranks]
 
     different = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
     words = f"the {len(ranks)} training GPUs do not reach each other directly: their ranks run with {different}"
     return Retry(collective_check.BROKEN, frozenset(rank.name for rank in ranks), again, words)
+
+
+def _elsewhere(recipe: Recipe, site: Site) -> dict[str, Any]:
+    """What a process of another host is told differently. Its agent puts in the paths of its own host."""
+    launch = recipe.launch.model_copy(update={"host": site.address})
+    return {"recipe": recipe.model_copy(update={"launch": launch}), "token": site.token}
 
 
 def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
@@ -128,11 +163,18 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
     """Of a process that talks to the engines."""
     plan, leases = context.plan, tuple(context.plan.gpu_leases)
     if process.role is Role.ROLLOUT:
-        return RolloutConfig(**own, data_paths=dict(context.inputs.data), gpu_leases=leases, samples=context.samples)
+        return RolloutConfig(
+            **own,
+            data_paths=dict(context.inputs.data),
+            gpu_leases=leases,
+            samples=context.samples,
+            generates=plan.command != "sft",
+        )
     if process.role is Role.EVAL:
         out = context.run_dir.eval.resolve() if plan.command == "eval" else None
         return EvalConfig(**own, benchmarks=dict(context.inputs.benchmarks), out=out)
-    kept = [row for row in plan.memory if row.where == "host" and row.component is not Component.CHECKPOINT_COPY]
+    here = [row for row in plan.memory if row.where == "host" and row.host == process.host]
+    kept = [row for row in here if row.component is not Component.CHECKPOINT_COPY]
     return TrainerConfig(
         **own,
         device=plan.choice.device,
@@ -146,14 +188,16 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         gpu_leases=leases,
         leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
         warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
+        teacher_path=context.inputs.teacher,
+        data_paths=dict(context.inputs.data) if plan.command == "sft" else {},
         host_bytes=sum(row.bytes for row in kept) if process.gpus else 0,
     )
 
 
-def _interfaces(process: ProcessPlan, host: str) -> dict[str, str]:
+def interfaces(role: Role, host: str) -> dict[str, str]:
     """Collectives listen where the run does: gloo and NCCL's bootstrap take their address from an interface. What the
     user's environment says is meant for other programs."""
-    name = net.interface(host) if process.role in (Role.TRAINER, Role.ENGINE) else None
+    name = net.interface(host) if role in (Role.TRAINER, Role.ENGINE) else None
     if name is None:
         return {}
     family = "AF_INET6" if ":" in host else "AF_INET"

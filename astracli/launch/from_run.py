@@ -28,6 +28,7 @@ from astracli.errors import RunFailed, UserError
 from astracli.models import registry
 from astracli.models.adapter import read_config
 from astracli.models.checkpoint_files import TOKENIZER_FILES
+from astracli.plan.types import TRAINING
 from astracli.process.atomic import write_atomic
 from astracli.runs import find as runs
 from astracli.runs.run_dir import ORIGIN, RunDir
@@ -75,7 +76,7 @@ def find(text: str, *, keep_optimizer: bool = False) -> Source:
         name, step = text, ""
     run = runs.named(name)
     status = run.status()
-    if status is not None and status.command != "train":
+    if status is not None and status.command not in TRAINING:
         raise UserError(f"`{run.path}` holds an `astra {status.command}`, which trains nothing", "name a training run")
     recipe = recipe_io.load(run.recipe_json)
     exports = {} if keep_optimizer else exported_steps(run)

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
     from astracli.hub.curriculum import Curriculum
     from astracli.hub.store import HubStore
+    from astracli.launch.fleet import Fleet
     from astracli.process.server import ServerThread
 
 
 @contextlib.contextmanager
 def serving(
-    context: RunContext, on_status: Callable[[Mapping[str, Any]], None]
+    context: RunContext, on_status: Callable[[Mapping[str, Any]], None], fleet: Fleet | None = None
 ) -> Iterator[tuple[HubStore, ServerThread]]:
-    """The hub serving on a port of its own; `on_status` gets every heartbeat."""
+    """The hub serving on a port of its own; `on_status` gets every heartbeat. `fleet`: of a run on several hosts."""
     from astracli.evaluation import files as eval_files
     from astracli.hub.api import build_app
     from astracli.process.server import ServerThread
@@ -41,9 +42,11 @@ def serving(
             weights_app=weights_app(run.weights),
             metrics_path=run.metrics_jsonl,
             on_status=on_status,
+            agents=fleet.agents if fleet is not None else None,
+            inputs=fleet.inputs.file if fleet is not None else lambda name: None,
         )
-        host = context.recipe.launch.host
-        server = ServerThread(app, ports.bind(host), host).start()
+        launch = context.recipe.launch
+        server = ServerThread(app, ports.bind(launch.host, launch.port), launch.host).start()
         stack.callback(server.stop)
         yield store, server
 
@@ -70,6 +73,7 @@ def _store(context: RunContext) -> HubStore:
         max_dropped_batches=recipe.rollout.max_dropped_batches,
         checkpoints=recipe.checkpoint.every > 0,
         gpu_leases=tuple(context.plan.gpu_leases),
+        own_batches=context.plan.command == "sft",
         checkpoint_every=recipe.checkpoint.every if recipe.checkpoint.best is not None else 0,
     )
     curriculum = _curriculum(context) if training else None

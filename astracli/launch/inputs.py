@@ -22,12 +22,12 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
-from astracli.launch import lora_inputs, problem_files, recipe_changes
+from astracli.launch import example_inputs, lora_inputs, problem_files, recipe_changes, teacher_inputs
 from astracli.machine.findings import Check
 from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
 from astracli.models.adapter_tools import has_chat_template
-from astracli.plan.types import Command
+from astracli.plan.types import TRAINING, Command
 from astracli.process import ports
 from astracli.process.console import say
 from astracli.runs import metrics
@@ -49,6 +49,8 @@ class Inputs:
     """None: it is generated."""
     seconds: float = 0.0
     """Spent on fetching."""
+    teacher: Path | None = None
+    """The teacher that the algorithm asks for."""
 
 
 class Ledger:
@@ -79,7 +81,7 @@ class Ledger:
 
 def needs(recipe: Recipe, command: Command) -> tuple[bool, list[str]]:
     """(whether a command reads training problems, the benchmarks that it reads)"""
-    if command == "train":
+    if command in TRAINING:
         return True, recipe.eval.benchmarks if recipe.eval.every else []
     return command == "rollout", recipe.eval.benchmarks if command == "eval" else []
 
@@ -126,12 +128,13 @@ def prepare(
     first: dict[str, Problem] = {}
     with ledger.check("benchmarks"):
         places = sets.fetch_all(benchmarks, recipe.data.path, recipe)
+    draws = data and recipe.sft is None  # episodes, which are graded
     known = not data  # of rows that are not here, the columns are not known yet
     with ledger.check("training data"):
         paths = datasets.fetch(recipe, first) if data else {}
         known = True
     with ledger.check("reward"):
-        check_rewards(recipe, first if known else None, places, trains=data)
+        check_rewards(recipe, first if known else None, places, trains=draws)
     with ledger.check("checkpoint"):
         found = fetch.fetch_model(recipe.model.path, recipe.model.revision)
         check_checkpoint(found, recipe)
@@ -139,10 +142,17 @@ def prepare(
         for problem in first.values():
             check_turns(recipe, found, problem.messages)
         model = found
+    with ledger.check("examples"):
+        if data and recipe.sft is not None and known and model is not None:
+            example_inputs.check(recipe, model, paths)
+    teacher: Path | None = None
+    with ledger.check("teacher"):
+        if draws and model is not None:
+            teacher = teacher_inputs.checked(recipe, model)
     with ledger.check("environment"):
         if model is not None:
-            asked = check_envs(recipe, model, first, trains=data, evaluates=bool(benchmarks))
-            if ledger.shows and data and known:
+            asked = check_envs(recipe, model, first, trains=draws, evaluates=bool(benchmarks))
+            if ledger.shows and draws and known:
                 ledger.prompt = _first_prompt(recipe, model, first, asked)
     with ledger.check("training data"):
         left = problem_files.decontaminated(recipe, paths, places, resumed) if paths else {}
@@ -156,7 +166,7 @@ def prepare(
             "wrong for a chat model; copy its chat_template.jinja beside tokenizer.json"
         )
     local = {name: Path(place) if place else None for name, place in places.items()}
-    return Inputs(model, left, local, time.monotonic() - began)
+    return Inputs(model, left, local, time.monotonic() - began, teacher)
 
 
 def _first_prompt(

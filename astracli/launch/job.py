@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from astracli.errors import AstraError, RunFailed, machine_failed, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.configs import RunContext
+from astracli.launch.fleet import Fleet
 from astracli.launch.forks import Forks
 from astracli.launch.launcher import Launcher
 from astracli.launch.local import LocalLauncher, process_env
@@ -27,6 +28,7 @@ from astracli.process.atomic import write_atomic
 from astracli.process.config import Role
 from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
+from astracli.report.alerts import Alerts
 from astracli.report.page import data as report_data
 from astracli.runs import changes as run_changes
 from astracli.runs import metrics, names
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 HISTORY_STEPS = 8
 """Last steps that the message of a run quotes whose numbers ended it."""
-MAIN_ROLE = {"train": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
+MAIN_ROLE = {"train": Role.TRAINER, "sft": Role.TRAINER, "rollout": Role.ROLLOUT, "eval": Role.EVAL}
 
 
 @dataclass
@@ -122,12 +124,21 @@ class Job:
         metrics.mend(run.metrics_jsonl)
         with contextlib.ExitStack() as stack:
             interrupted = stack.enter_context(signals())
-            launcher = LocalLauncher(run.lock_fd, forks=self._forks())
-            stack.callback(launcher.close)
-            store, server = stack.enter_context(hub.serving(context, lambda body: supervisor.on_status(body)))
-            processes = configs.build(context, server.url)
+            local = LocalLauncher(run.lock_fd, forks=self._forks())
+            stack.callback(local.close)
+            fleet = Fleet(context, local) if self._hosts else None
+            launcher: Launcher = fleet or local
+            serving = hub.serving(context, lambda body: supervisor.on_status(body), fleet)
+            store, server = stack.enter_context(serving)
+            if fleet is not None:
+                stack.callback(fleet.close)  # before the hub: agents hear from it that all ends
+                fleet.gather(server.url, interrupted, lambda: server.alive)
+                if interrupted.is_set():
+                    return True
+            processes = configs.build(context, server.url, stack, fleet.sites() if fleet else {})
             place = Place(run)
-            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place)
+            alerts = Alerts(by_rewards=context.recipe.sft is None)
+            watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place, alerts)
             usage = UsageLog(run, launcher, context.plan.gpu_map)
 
             def tick(supervisor: Supervisor) -> None:
@@ -145,8 +156,8 @@ class Job:
                 hint=self._hint,
                 hopeless=lambda: no_signal.failure(store, context),
                 tick=tick,
-                retry=configs.retry(context, processes),
-                resumes=self._resumes(store, server.url),
+                retry=configs.retry(context, processes, stack),
+                resumes=self._resumes(store, server.url, fleet, stack),
                 interrupted=interrupted,
                 log=run.attempt_logs(context.attempt) / "supervisor.log",
             )
@@ -168,14 +179,22 @@ class Job:
                 else:
                     watch.give_terminal_back()
 
+    @property
+    def _hosts(self) -> bool:
+        """Whether agents start some of its processes, or may."""
+        return self.context.plan.command == "train" and self.context.recipe.launch.hosts != "local"
+
     def _forks(self) -> Forks | None:
         """What forks this run's processes; None where each starts by itself."""
         plan, recipe = self.context.plan, self.context.recipe
         if plan.choice.device != "cpu":
             return None
-        return Forks(plan.processes, recipe, lambda process: process_env(process, recipe.launch.host))
+        here = [process for process in plan.processes if process.host is None]
+        return Forks(here, recipe, lambda process: process_env(process, recipe.launch.host))
 
-    def _resumes(self, store: HubStore, hub_url: str) -> Resumes | None:
+    def _resumes(
+        self, store: HubStore, hub_url: str, fleet: Fleet | None, held: contextlib.ExitStack
+    ) -> Resumes | None:
         """How the run goes on when its trainer ends of what may pass; None when it does not, because the recipe says so
         or because it makes no checkpoints."""
         context, recipe = self.context, self.context.recipe
@@ -191,8 +210,8 @@ class Job:
             store.rewind(step, step)
             shutil.rmtree(context.run_dir.stage, ignore_errors=True)
             again = replace(context, resume_step=step, start=number)
-            processes = configs.build(again, hub_url)
-            return Start(step, processes, configs.retry(again, processes))
+            processes = configs.build(again, hub_url, held, fleet.sites() if fleet else {})
+            return Start(step, processes, configs.retry(again, processes, held))
 
         return Resumes(limit, start, step=context.resume_step or 0)
 
@@ -210,7 +229,7 @@ class Job:
         run = self.context.run_dir
         if not self.context.training:
             return f"the logs are in {run.attempt_logs(self.context.attempt)}"
-        return f"when that is mended, go on with `astra train --resume {run.path}`"
+        return f"when that is mended, go on with `astra {self.context.plan.command} --resume {run.path}`"
 
     def _best(self) -> dict[str, Any] | None:
         """The best checkpoint, with `checkpoint.best` and once one was evaluated."""

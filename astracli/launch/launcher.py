@@ -60,6 +60,18 @@ class Launcher(Protocol):
     def ready(self) -> bool:
         """Processes can be started. The first is not started before."""
 
+    def has(self, host: str | None) -> bool:
+        """Whether processes can be started on a host; None: the one where the supervisor is."""
+
+    def newcomers(self) -> Sequence[Process]:
+        """Processes of hosts that have joined since this was asked last."""
+
+    def hosts(self) -> Mapping[str, str]:
+        """Other hosts than this one -> whether their agent is there and what it runs, in words."""
+
+    def gone(self, host: str) -> str:
+        """Why nothing can be started there, in words."""
+
     def start(self, process: Process) -> Started: ...
 
     def stop(self, started: Sequence[Started], grace_s: float) -> None:

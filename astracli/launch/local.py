@@ -72,6 +72,18 @@ class LocalLauncher:
     def ready(self) -> bool:
         return self._forks is None or self._forks.ready()
 
+    def has(self, host: str | None) -> bool:
+        return host is None
+
+    def newcomers(self) -> Sequence[Process]:
+        return ()
+
+    def hosts(self) -> Mapping[str, str]:
+        return {}
+
+    def gone(self, host: str) -> str:
+        return "is not this host"
+
     def start(self, process: Process) -> Child:
         child = Child(
             child_spec(process, self._lock_fd), partial(self._forks.fork, process.plan) if self._forks else None

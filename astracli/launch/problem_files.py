@@ -67,7 +67,7 @@ def decontaminated(
     items = {}
     if recipe.data.decontaminate != "off" and any(paths.values()):
         items = {name: sets.load(name, fetched[name], recipe=recipe).items for name in written}
-    tables = recipe_data.sets(recipe.data)
+    tables = recipe_data.sets(recipe.training_data)
     then = _recorded(resumed) if resumed is not None and recipe.data.decontaminate == "remove" else {}
     found: dict[str, Path | None] = {}
     for name, path in paths.items():
@@ -113,7 +113,7 @@ def _tell(data: DataTable, path: Path, items: Mapping[str, Sequence[Problem]], w
 def _fingerprints(recipe: Recipe, paths: Mapping[str, Path | None]) -> dict[str, dict[str, Any]]:
     from astracli.data import datasets
 
-    tables, found = recipe_data.sets(recipe.data), {}
+    tables, found = recipe_data.sets(recipe.training_data), {}
     for name, path in paths.items():
         if path is not None:
             problems = datasets.load(tables[name], path)

@@ -11,6 +11,7 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
 from astracli.launch import resume_rules
+from astracli.plan.types import TRAINING
 from astracli.process.console import say
 from astracli.runs import find as runs
 from astracli.runs.changes import Changes, differences, shown
@@ -52,11 +53,25 @@ def with_evaluation(recipe: Recipe, benchmarks: Sequence[str] | None, samples: i
     return checked.model_copy(update={"eval": checked.eval.model_copy(update={"benchmarks": names})})
 
 
+def require(recipe: Recipe, command: str) -> None:
+    """Raise UserError for a recipe that is not one of this command: `[sft]` makes the difference."""
+    if command == "sft" and recipe.sft is None:
+        raise UserError(
+            f"recipe `{recipe.name}` has no table [sft]: it is one of reinforcement learning",
+            f"`astra train {recipe.name}`, or add [sft] to a recipe of your own; `tiny-sft` is a small one",
+        )
+    if command in ("train", "rollout") and recipe.sft is not None:
+        raise UserError(
+            f"recipe `{recipe.name}` has a table [sft]: it is one of supervised training",
+            "`astra sft` runs it; `astra train RECIPE --from RUN`, with another recipe, goes on from its weights",
+        )
+
+
 def resumed_recipe(recipe: Recipe, run: RunDir) -> tuple[Recipe, Changes]:
     """The run's recipe with the changes that a resume allows, and these. Raises UserError with a reason for each key
     that may not change."""
     status = run.status()
-    if status is not None and status.command != "train":
+    if status is not None and status.command not in TRAINING:
         raise UserError(
             f"`{run.path}` holds an `astra {status.command}`, only a training run can be resumed",
             f"start it again with `astra {status.command} {run.recipe_json}`",
@@ -73,9 +88,9 @@ def resumed_recipe(recipe: Recipe, run: RunDir) -> tuple[Recipe, Changes]:
         from_weights = has_weights(run) and all(map(resume_rules.by_from, refused))
         raise UserError(
             "\n  ".join(lines),
-            f"start a new run from the weights of this one: `astra train --from {run.path} {sets}`"
+            f"start a new run from the weights of this one: `astra {recipe.command} --from {run.path} {sets}`"
             if from_weights
-            else f"start a new run: `astra train --recipe {run.recipe_json} {sets}`",
+            else f"start a new run: `astra {recipe.command} --recipe {run.recipe_json} {sets}`",
         )
     return recipe, changes
 
@@ -100,7 +115,7 @@ def resume_step(run: RunDir, recipe: Recipe) -> int:
     if status is not None and status.state == "done" and (status.steps or 0) >= recipe.train.steps:
         raise UserError(
             f"run `{run.path}` is done: {status.step} of {status.steps} steps",
-            f"train on with `astra train --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
+            f"train on with `astra {recipe.command} --resume {run.path} --set train.steps={2 * (status.steps or 1)}`",
         )
     step = checkpoint_step(run)
     if step and not run.hub_sqlite.is_file():

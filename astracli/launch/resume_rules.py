@@ -43,6 +43,8 @@ MAY_NOT: dict[str, str] = {
     "train.row_boundaries": "an ablation is a run of its own",
     "lora": "the checkpoint holds either all weights or adapters",
     "lora.": "the checkpoint holds adapters of this shape, and their moments",
+    "sft": "a run is either one of supervised training or of reinforcement learning",
+    "sft.": "the run would be trained on other examples, or another loss",
     "algorithm.": "the run would be trained on two objectives, and its figures before and after would not compare",
     "launch.deterministic": "the run began in the other mode: its bytes would be those of neither",
 }  # fmt: skip

@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import from_run, job, problem_files, recipe_changes, resume_rules
+from astracli.launch import from_run, job, problem_files, random_weights, recipe_changes, resume_rules, teacher_inputs
 from astracli.launch.configs import RunContext
 from astracli.launch.from_run import Source
 from astracli.launch.inputs import Inputs, fetched, needs
@@ -36,9 +36,11 @@ from astracli.runs.changes import Changes
 from astracli.runs.run_dir import RunDir
 
 
-def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> LaunchPlan:
-    """The plan of a command, for this machine or the one that `facts` describes; never refuses what the machine lacks,
-    only what is wrong."""
+def planned(
+    recipe: Recipe, command: Command, facts: Machine | None = None, fleet: Mapping[str, Machine] = MappingProxyType({})
+) -> LaunchPlan:
+    """The plan of a command, for this machine or the one that `facts` describes, and the hosts of `fleet`; never
+    refuses what a machine lacks, only what is wrong."""
     from astracli.backends import choice as backend
     from astracli.doctor.gather import with_engine
 
@@ -54,7 +56,16 @@ def planned(recipe: Recipe, command: Command, facts: Machine | None = None) -> L
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
     template = template_of(local) if local is not None else None
     return build(
-        recipe, adapter, choice, facts, command=command, config=config, checkpoint_bytes=size, chat_template=template
+        recipe,
+        adapter,
+        choice,
+        facts,
+        command=command,
+        config=config,
+        checkpoint_bytes=size,
+        chat_template=template,
+        teacher=teacher_inputs.parameters(recipe) if command == "train" else 0,
+        fleet=fleet,
     )
 
 
@@ -66,13 +77,15 @@ def train(recipe: Recipe, **options: Any) -> int:
 def train_run(
     recipe: Recipe,
     *,
+    command: Literal["train", "sft"] = "train",
     run_dir: Path | None = None,
     resume: Path | None = None,
     source: Source | None = None,
     keep_optimizer: bool = False,
     warm: bool = False,
 ) -> tuple[int, RunDir]:
-    """Run `astra train` to its end. -> (exit code, the run). Raises UserError before the start, RunFailed after it.
+    """Run `astra train` or `astra sft` to its end. -> (exit code, the run). Raises UserError before the start,
+    RunFailed after it.
 
     `resume`: the run to go on with; `recipe` is then its own, changed. `source`: the run whose weights a new one starts
     from, with `keep_optimizer` its moments too. `warm`: the run is there to fill caches.
@@ -81,6 +94,8 @@ def train_run(
     changes: Changes = {}
     if resume is not None:
         recipe, changes = recipe_changes.resumed_recipe(recipe, runs.existing(resume))
+        command = recipe.command  # a run goes on as what it is
+    recipe_changes.require(recipe, command)
     if source is not None:
         recipe = from_run.checked(recipe, source, keep_optimizer=keep_optimizer)
     plan = _train_plan(recipe, resume, source)
@@ -92,7 +107,9 @@ def train_run(
             step = recipe_changes.resume_step(run, recipe)
         if source is not None:
             recipe = from_run.take(recipe, source, run, keep_optimizer=keep_optimizer)
-        inputs = _inputs(recipe, "train", run if resume is not None else None)
+        elif resume is None and recipe.model.weights == "random":
+            recipe = random_weights.take(recipe, run)
+        inputs = _inputs(recipe, command, run if resume is not None else None)
         problem_files.pin(run, recipe, inputs.data)
     except BaseException:
         if resume is None:
@@ -108,7 +125,7 @@ def train_run(
 
         print_summary(summary)
     if code == 130:
-        say(f"interrupted; go on with `astra train --resume {run.path}`")
+        say(f"interrupted; go on with `astra {command} --resume {run.path}`")
     return code, run
 
 
@@ -117,6 +134,7 @@ def rollout(
 ) -> int:
     """Generate and grade `n` groups into `out`, all samples or the right ones; the exit code."""
     began = time.monotonic()
+    recipe_changes.require(recipe, "rollout")
     recipe = recipe_changes.with_weights(recipe, weights)
     plan = _refusing_plan(recipe, "rollout")
     inputs = _inputs(recipe, "rollout")
@@ -236,7 +254,7 @@ def _inputs(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> 
 def _train_plan(recipe: Recipe, resume: Path | None, source: Source | None) -> LaunchPlan:
     """As `_refusing_plan`; a command in its hint goes on with the same run, or starts from the same weights."""
     try:
-        return _refusing_plan(recipe, "train")
+        return _refusing_plan(recipe, recipe.command)
     except UserError as error:
         same = f"--resume {resume}" if resume is not None else f"--from {source.text}" if source is not None else None
         if error.hint is None or same is None:

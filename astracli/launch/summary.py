@@ -9,6 +9,7 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.hub.types import EvaluationStatus, HubState
+from astracli.plan.types import TRAINING
 from astracli.report import bottleneck
 from astracli.runs.metrics import OVERALL, Record, mean, median, series, values, without_absent
 from astracli.runs.names import REWARD
@@ -49,7 +50,7 @@ def build(
     what else the supervisor did to go on. `changes`: lines of changes.jsonl. `source`: from.json, the run whose weights
     this one started from. `best`: the best checkpoint, with `checkpoint.best`. `plan`: plan.json.
     """
-    wall_s, training_run = sum(phases.values()), plan is None or plan["command"] == "train"
+    wall_s, training_run = sum(phases.values()), plan is None or plan["command"] in TRAINING
     mine = [record for record in records if record.get("time", since) >= since]
     here = [step for step in _steps(mine) if step >= first_step]
     return {
@@ -67,10 +68,14 @@ def build(
         "expected": recipe.expected.model_dump() if recipe.expected else None,
         "prompts": dict(plan.get("prompts", {})) if plan is not None else {},
         "training": training(_since_ready(mine, since + phases.get("starting", 0.0)), first_step),
-        "bottleneck": bottleneck.of_run(mine, recipe, plan, first_step) if plan and here else None,
+        "bottleneck": bottleneck.of_run(mine, recipe, plan, first_step)
+        if plan and here and recipe.sft is None
+        else None,
         "slots_busy": slots_busy(
             mine, first_step + bottleneck.FIRST_STEPS, recipe.train.steps - recipe.effective_staleness
-        ),
+        )
+        if recipe.sft is None
+        else {},
         "weights": weights(records, recipe.weights.transfer),
         "parity": {"mean_abs": mean(values(records, "parity_mean_abs")), "max_abs": largest(records, "parity_max_abs")},
         "groups": asdict(hub.counts),
@@ -155,6 +160,7 @@ def training(records: Sequence[Record], first_step: int) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_s": tokens / spent if spent else None,
         "staleness_mean": mean(values(here, "staleness_mean")),
+        "loss": [losses[0], losses[-1]] if (losses := values(here, "loss", "trainer")) else None,
         f"{REWARD}_first": rewards[0] if rewards else None,
         f"{REWARD}_last": rewards[-1] if rewards else None,
         "reward_means_by_source": first_and_last(here, BY_SOURCE),

@@ -18,12 +18,13 @@ from astracli.config.recipe_run import LaunchTable
 from astracli.engines import registry as engines
 from astracli.engines.contract import explain
 from astracli.errors import RunFailed
+from astracli.launch.away import Away
 from astracli.launch.launcher import Launcher, Process, Started
 from astracli.launch.restarts import End, Restarts, Resumes, Retry, ended, first_cause
 from astracli.process.config import Role
 from astracli.process.console import say
 from astracli.process.signals import signals
-from astracli.process.worker import Status
+from astracli.process.worker import LOST_EXIT, Status
 
 if TYPE_CHECKING:
     from astracli.hub.store import HubStore
@@ -75,6 +76,7 @@ class Supervisor:
         self._hub, self._hub_alive = hub, hub_alive
         self._main = {process.name for process in processes if process.plan.role is main_role}
         self._done: set[str] = set()
+        self.away = Away()
         self._limits = limits
         self._hint, self._hopeless = hint, hopeless
         self._tick = tick
@@ -130,6 +132,14 @@ class Supervisor:
                 self._end_all()
         return before_its_end
 
+    def hosts(self) -> Mapping[str, str]:
+        """Other hosts of the run -> whether their agent is there and what it runs, in words."""
+        return self._launcher.hosts()
+
+    def host_of(self, name: str) -> str | None:
+        """Where a process runs; None: on the host of the supervisor."""
+        return self.processes[name].plan.host
+
     def phases(self) -> dict[str, float]:
         """Seconds spent in each phase so far."""
         spent = self._phases.get(self.phase, 0.0) + time.monotonic() - self._phase_began
@@ -169,6 +179,7 @@ class Supervisor:
         for child in _dead(self.children.values()):
             if self.children.get(child.name) is child:
                 self._on_exit(child)
+        self._look_for_hosts(now)
         self._check_ready(now)
         for child in list(self.children.values()):
             if self.children.get(child.name) is child:
@@ -212,6 +223,9 @@ class Supervisor:
         """A child is gone that should not be: start it again, go on from a checkpoint, or end the run."""
         child, process = end.child, self.processes[end.child.name]
         self._hub.release_worker(child.name)
+        if end.code == LOST_EXIT and process.plan.host is not None:
+            self._lost_host(process, process.plan.host)
+            return
         if child.name in self._main and self.resumes is not None:
             self._lost_trainer(end, self.resumes)
             return
@@ -226,6 +240,29 @@ class Supervisor:
         say(f"warning: `{child.name}` {end.what}{last}; {again}")
         self._restarts.add(child.name)
         self._start_anew(process.again(), self.status[child.name].restarts + 1)
+
+    def _lost_host(self, process: Process, host: str) -> None:
+        """A process has ended with its host's agent: the run goes on without, and starts it where an agent comes again.
+        A deterministic run ends: a wave that lost an engine begins anew from the checkpoint."""
+        words = f"the agent of host `{host}` {self._launcher.gone(host)}"
+        if self._limits.deterministic:
+            raise RunFailed(f"{words}, and `{process.name}` with it", self._hint() or None)
+        if not self.away.waits_for(host):
+            self.warn(f"{words}: the run goes on without it, and uses it again when an agent is there")
+        self.away.add(process)
+        self.status[process.name] = Status(waiting=f"an agent on `{host}`", restarts=self.status[process.name].restarts)
+
+    def _look_for_hosts(self, now: float) -> None:
+        """Start again what waits for a host that is there now, and what a host that joined brings. Raises RunFailed
+        when no engine is left for long."""
+        for process in self._launcher.newcomers():
+            self.processes[process.name] = process
+            self._start_anew(process)
+        for process in self.away.back(self._launcher.has):
+            self._start_anew(process, self.status[process.name].restarts + 1)
+        engines_left = any(self.processes[name].plan.role is Role.ENGINE for name in self.children)
+        if (words := self.away.too_long(engines_left, now, self._limits.ready_timeout_s)) is not None:
+            raise RunFailed(words, self._hint() or None)
 
     def _lost_trainer(self, end: End, resumes: Resumes) -> None:
         """Go on from the newest checkpoint when what ended a rank may pass; else end the run with its cause."""
@@ -260,7 +297,10 @@ class Supervisor:
         again = {rank.name: rank for rank in retry.processes()} if self._retried and retry is not None else {}
         self._retry = None if self._retried else retry
         self._done.clear()
-        self.processes = {process.name: again.get(process.name, process) for process in processes}
+        self.away.clear()
+        planned = {process.name: again.get(process.name, process) for process in processes}
+        joined = {name: process.again() for name, process in self.processes.items() if name not in planned}
+        self.processes = planned | joined
         for name, process in self.processes.items():
             self._start_anew(process, self.status[name].restarts)
 

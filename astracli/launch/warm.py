@@ -92,7 +92,7 @@ def warm(recipe: Recipe) -> Warmed:
     before = {name: size(folder) for name, folder in there.items()}
     with tempfile.TemporaryDirectory(prefix="astra-warm-") as folder:
         run_dir = Path(folder) / "run"
-        code, made = run.train_run(short(recipe), run_dir=run_dir, warm=True)
+        code, made = run.train_run(short(recipe), command=recipe.command, run_dir=run_dir, warm=True)
         if code:
             raise RunFailed("it was interrupted before everything was compiled", "give the same command again")
         seconds = _seconds(metrics.read(made.metrics_jsonl))

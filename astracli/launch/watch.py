@@ -36,7 +36,15 @@ def unharmed(what: str) -> Iterator[None]:
 class Watch:
     """Called between the supervisor's looks: feeds the view, the sinks and status.json."""
 
-    def __init__(self, run_dir: RunDir, steps: int | None, store: HubStore, sinks: Sequence[Sink], place: Place):
+    def __init__(
+        self,
+        run_dir: RunDir,
+        steps: int | None,
+        store: HubStore,
+        sinks: Sequence[Sink],
+        place: Place,
+        alerts: Alerts,
+    ):
         """`steps`: of a training run; None for a job without a trainer."""
         self._place = place
         self.evaluations_s: dict[str, float] = {}
@@ -49,7 +57,7 @@ class Watch:
         self._tail = Tail(run_dir.metrics_jsonl, from_end=True)
         self._view: View = open_view()
         self._progress = RunProgress(run_dir.name, steps or 0)
-        self._alerts = Alerts()
+        self._alerts = alerts
         for record in read(run_dir.metrics_jsonl):  # of earlier attempts: what has been said is not said again
             self._alerts.feed(record)
         self._looked = self._told = 0.0
@@ -76,6 +84,7 @@ class Watch:
             supervisor.warn(line)
         self._time_evaluations(state.evals, now)
         self._progress.feed(records, state, supervisor.status, supervisor.phase)
+        self._progress.hosts = {name: host for name in supervisor.status if (host := supervisor.host_of(name))}
         self._show()
         self._tell(supervisor, now)
 
@@ -86,6 +95,8 @@ class Watch:
             "phase": supervisor.phase,
             "waits": {name: status.words() for name, status in supervisor.status.items()},
         }
+        if hosts := supervisor.hosts():
+            found["hosts"] = dict(hosts)
         if found != self._last_told and now - self._told >= STATUS_EVERY_S:
             self._told, self._last_told = now, found
             self._run_dir.update(**found)

@@ -47,6 +47,8 @@ class Component(Enum):
     MOMENTS = "moments (fp32)"
     REFERENCE = "reference (bf16)"
     REFERENCE_FP32 = "reference"
+    TEACHER = "teacher (bf16)"
+    TEACHER_FP32 = "teacher (fp32)"
     FROZEN_WEIGHTS = "frozen weights, adapters merged (bf16)"
     FROZEN_WEIGHTS_FP32 = "frozen weights, adapters merged (fp32)"
     BASE = "adapted matrices without their adapters (bf16)"
@@ -86,6 +88,8 @@ class MemoryRow:
     """Host memory for what was released from the GPU."""
     counts: tuple[int, ...] = ()
     """Filled into the value of the component."""
+    host: str | None = None
+    """Of a process on another host: its name; None: the first host."""
 
 
 def safe(estimated: int) -> int:

@@ -25,6 +25,7 @@ PACKAGES = {
     "typer": "typer",
     "pydantic": "pydantic",
     "sglang": "sglang",
+    "vllm": "vllm",
     "flashinfer-python": "flashinfer",
     "flashinfer": "flashinfer",
     "flash-attn": "flash_attn",

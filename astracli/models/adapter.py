@@ -79,6 +79,9 @@ class MemoryShape:
     adapted: int = 0
     """Elements of the matrices with an adapter."""
 
+    teacher: int = 0
+    """Parameters of the teacher that a recipe's algorithm asks for; 0 = it has none."""
+
     @property
     def trained(self) -> int:
         """Parameters that the optimizer updates."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astracli.config import reading
+
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
 
@@ -122,7 +124,7 @@ def special_names(tokenizer: Any) -> tuple[str, ...]:
 def special_names_of(folder: Path) -> tuple[str, ...]:
     """`special_names` of a checkpoint directory, from its tokenizer.json alone; () where there is none."""
     try:
-        document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        document = reading.from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return tuple(token["content"] for token in document.get("added_tokens", ()) if token.get("special"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ()
@@ -133,7 +135,7 @@ def template_of(folder: Path) -> str:
     for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
         try:
             text = (folder / name).read_text(encoding="utf-8", errors="replace")
-            found = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
+            found = text if name.endswith(".jinja") else reading.from_json(text).get("chat_template")
         except (OSError, ValueError, AttributeError):
             continue
         if found:

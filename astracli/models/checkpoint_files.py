@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from astracli.config import reading
 from astracli.errors import UserError
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, load_tokenizer
 from astracli.models.adapter_tools import checkpoint_tensors, is_buffer
@@ -69,7 +70,7 @@ def _shards(folder: Path, tensors: Mapping[str, Any]) -> Iterator[Obstacle]:
         return
     again = "download the checkpoint again"
     try:
-        wanted = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        wanted = dict(reading.from_json(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         yield Obstacle("a whole checkpoint", f"`{index}` is no index of shards: {error!r}", again)
         return
@@ -111,7 +112,7 @@ def places(folder: Path, adapter: ModelAdapter) -> dict[str, TensorPlace]:
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            header = reading.from_json(stream.read(size))
         for name, entry in header.items():
             wire = adapter.wire_name(name) if name != "__metadata__" else None
             if wire is not None:
@@ -157,7 +158,7 @@ def _bytes(folder: Path, name: str) -> Any:
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            header = reading.from_json(stream.read(size))
         if name in header:
             begin, end = header[name]["data_offsets"]
             if begin == end:
@@ -207,7 +208,7 @@ def _ids(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     if not file.is_file():
         return _built(folder)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = reading.from_json(file.read_text(encoding="utf-8"))
         vocabulary = document["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram: [[piece, score], ...]
             vocabulary = {piece: i for i, (piece, *_) in enumerate(vocabulary)}
@@ -238,7 +239,7 @@ def _used(folder: Path) -> str:
     """Text in which every token occurs that a prompt or an end may use: the chat template, bos and eos."""
     parts = [_text(folder / "chat_template.jinja"), _text(folder / "chat_template.json")]
     try:
-        settings = json.loads(_text(folder / "tokenizer_config.json") or "{}")
+        settings = reading.from_json(_text(folder / "tokenizer_config.json") or "{}")
     except ValueError:
         return "".join(parts)
     named = (settings.get(key) for key in ("bos_token", "eos_token", "chat_template"))

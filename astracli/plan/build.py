@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 from astracli.backends.choice import BackendChoice
@@ -20,14 +21,14 @@ from astracli.machine.memory import Component, MemoryRow
 from astracli.models import lora_targets
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
-from astracli.plan import hints, problems, prompts, staging
+from astracli.plan import hints, hosts, problems, prompts, staging
 from astracli.plan.cost import TrainerLoad, pace
 from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
 from astracli.plan.offload import Reason
 from astracli.plan.placement import Gpus, Placement, place, place_on_cpu, time_shared
 from astracli.plan.requests import settle
 from astracli.plan.trainer import SPARE_BYTES, trainer_rows
-from astracli.plan.types import Command, LaunchPlan, ProcessPlan
+from astracli.plan.types import TRAINING, Command, LaunchPlan, ProcessPlan
 from astracli.process import layout
 from astracli.process.config import Role
 
@@ -51,15 +52,20 @@ def build(
     config: Mapping[str, Any] | None = None,
     checkpoint_bytes: int | None = None,
     chat_template: str | None = None,
+    teacher: int = 0,
+    fleet: Mapping[str, Machine] = MappingProxyType({}),
 ) -> LaunchPlan:
-    """The plan of one command. `config`: the checkpoint's config.json; None when it is not on this machine, then the
-    sizes of a model that the adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text,
-    None when it is not known."""
+    """The plan of one command, on the host of `facts` and those of `fleet`, as far as these are known.
+
+    `config`: the checkpoint's config.json; None when it is not on this machine, then the sizes of a model that the
+    adapter knows are used. `checkpoint_bytes`: its size on disk. `chat_template`: its text, None when it is not known.
+    `teacher`: parameters of the model that the algorithm asks for, 0 without one.
+    """
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
     shape = _shape(adapter, recipe, known) if known is not None else None
     if shape is not None and known is not None:
-        shape = lora_targets.sized(shape, recipe.lora, adapter, known)
-    draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes)
+        shape = replace(lora_targets.sized(shape, recipe.lora, adapter, known), teacher=teacher)
+    draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes, fleet)
 
     def fit(other: Recipe) -> hints.Fit:
         tried = replace(draft, asked=other).plan(lambda otherwise: otherwise)
@@ -120,6 +126,7 @@ class _Draft:
     command: Command
     shape: MemoryShape | None
     checkpoint_bytes: int | None
+    fleet: Mapping[str, Machine]
 
     def plan(self, way_out: Callable[[str], str]) -> LaunchPlan:
         """`way_out(otherwise)`: the hint of a problem of size."""
@@ -131,12 +138,13 @@ class _Draft:
             memory = self.memory(placement)
         if roomy := self.room_to_publish(memory, placement.time_sharing):
             memory = self.memory(placement, roomy)
-        if shape and self.command == "train":
+        if shape and self.trains:
             placement, memory = staging.decide(processes, memory, shape, recipe, placement, facts)
         if placement.time_sharing:
             # a worker that starts again does not know who has the GPU
             processes = [replace(process, restarts=0) for process in processes]
-        disk = disk_rows(shape, recipe, self.checkpoint_bytes) if shape and self.command == "train" else []
+        disk = disk_rows(shape, recipe, self.checkpoint_bytes) if shape and self.trains else []
+        placement = replace(placement, reasons=(*placement.reasons, *hosts.reasons(processes)))
         plan = LaunchPlan(
             recipe=recipe.name,
             command=self.command,
@@ -153,7 +161,10 @@ class _Draft:
         )
         if self.cuda:
             plan = replace(plan, margins=places.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
+        engine_count = sum(process.role is Role.ENGINE for process in processes)
         found = [
+            *(hosts.problems(recipe, engine_count, self.cuda) if self.command == "train" else ()),
+            *hosts.shortages(plan, self.fleet),
             *problems.gpu_problems(plan, recipe, facts, way_out),
             *problems.software_problems(recipe, self.choice, facts),
             *problems.size_problems(plan, recipe, shape, facts, way_out),
@@ -165,6 +176,15 @@ class _Draft:
     def cuda(self) -> bool:
         return self.choice.device == "cuda"
 
+    @property
+    def trains(self) -> bool:
+        return self.command in TRAINING
+
+    @property
+    def serves(self) -> bool:
+        """Whether there are engines: always, but in supervised training only for evaluations."""
+        return self.command != "sft" or self.asked.evaluation_due(self.asked.train.steps)
+
     @cached_property
     def gpus(self) -> Gpus:
         """Rollout first, then training; from the first GPU again when they share. Where this machine has fewer, indexes
@@ -175,10 +195,10 @@ class _Draft:
         visible = self.facts.visible_gpus
         beyond = max((gpu.index for gpu in visible), default=-1) + 1
         slots = [*(gpu.index for gpu in visible), *range(beyond, beyond + rollout + train)]
-        start = 0 if self.asked.resources.share_gpus else rollout
-        trainer = slots[start : start + train] if self.command == "train" else []
+        start = 0 if self.asked.resources.share_gpus or not self.serves else rollout
+        trainer = slots[start : start + train] if self.trains else []
         slowest = pace([gpu for gpu in visible if gpu.index in trainer], self.facts.peer_link)
-        return Gpus(self.facts.gpu_sizes, slots[:rollout], trainer, slowest)
+        return Gpus(self.facts.gpu_sizes, slots[:rollout] if self.serves else [], trainer, slowest)
 
     @cached_property
     def _settled(self) -> tuple[Recipe, str | None]:
@@ -191,12 +211,18 @@ class _Draft:
 
     @cached_property
     def processes(self) -> list[ProcessPlan]:
-        recipe, gpus, train = self.asked, self.gpus, self.command == "train"
+        recipe, gpus, train = self.asked, self.gpus, self.trains
         resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
-        engine_count = len(gpus.engine) if self.cuda else resources.engines
-        result = [self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1]) for i in range(engine_count)]
-        if self.command != "eval":
-            result.append(self._process("rollout", Role.ROLLOUT, children=workers))
+        engine_count = len(gpus.engine) if self.cuda else resources.engines if self.serves else 0
+        homes = hosts.spread(engine_count, recipe.launch.agents if self.command == "train" else ())
+        result = [
+            self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1], host=home) for i, home in enumerate(homes)
+        ]
+        if self.command == "sft" and self.serves:  # no prompts: it brings versions into the engines
+            result.append(self._process("rollout", Role.ROLLOUT))
+        elif self.command in ("train", "rollout"):
+            for n, home in enumerate(dict.fromkeys(homes or [None])):  # one worker a host, for the engines there
+                result.append(self._process(f"rollout{n or ''}", Role.ROLLOUT, children=workers, host=home))
         ranks = (len(gpus.trainer) if self.cuda else resources.train_ranks) if train else 0
         for rank in range(ranks):
             own, name = gpus.trainer[rank : rank + 1], f"trainer{rank or ''}"
@@ -236,7 +262,7 @@ class _Draft:
     def placement(self, host: int | None = None) -> Placement:
         """`host`: bytes that trainers may use there, None while there is enough."""
         if not self.cuda:
-            ranks = self.recipe.resources.train_ranks if self.command == "train" else 1
+            ranks = self.recipe.resources.train_ranks if self.trains else 1
             return place_on_cpu(self.recipe, ranks)
         placed, (recipe, why) = place(self.recipe, self.shape, self.gpus, host), self._settled
         if why is None:
@@ -258,7 +284,9 @@ class _Draft:
                 rows += trainer_rows(process.name, load, device, placement.split, published)
             else:
                 rows.append(light_row(process.name, process.children))
-        return time_shared(rows, self.on_shared_gpus) if placement.time_sharing else rows
+        rows = time_shared(rows, self.on_shared_gpus) if placement.time_sharing else rows
+        homes = {process.name: process.host for process in self.processes}
+        return [replace(row, host=home) if (home := homes.get(row.process)) else row for row in rows]
 
     @property
     def on_shared_gpus(self) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
+from astracli.plan.types import TRAINING
 
 Sets = dict[str, Any]
 """Dotted key -> value"""
@@ -68,9 +69,9 @@ def _fewest(recipe: Recipe, sets: Sets, accepted: Callable[[Recipe], bool]) -> S
 def _placements(recipe: Recipe, command: str, gpus: int) -> Iterator[Sets]:
     """Splits of `gpus` GPUs: the recipe's own, then near halves, then more training GPUs, then one shared."""
     own = recipe.resources
-    if own.rollout_gpus + (own.train_gpus if command == "train" else 0) <= gpus or own.share_gpus:
+    if own.rollout_gpus + (own.train_gpus if command in TRAINING else 0) <= gpus or own.share_gpus:
         yield {}
-    if command != "train":
+    if command not in TRAINING:
         if gpus:
             yield {"resources.rollout_gpus": gpus}
         return
@@ -84,7 +85,7 @@ def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:
     """Settings that need less memory and train the same, one more each time."""
     steps: list[Sets] = [{}]
     train, rollout = recipe.train, recipe.rollout
-    if command == "train":
+    if command in TRAINING:
         fixed = {"activation_checkpointing": ("none", "selective"), "reference_device": ("gpu",)}
         fixed |= {"optimizer_device": ("gpu",)}
         steps += [{f"train.{key}": "auto"} for key, values in fixed.items() if getattr(train, key) in values]

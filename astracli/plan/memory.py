@@ -60,13 +60,21 @@ def padded(row: MemoryRow) -> int:
 
 
 def total(
-    rows: Sequence[MemoryRow], *, where: Place, processes: Sequence[str] | None = None, fixed: bool = False
+    rows: Sequence[MemoryRow],
+    *,
+    where: Place,
+    processes: Sequence[str] | None = None,
+    fixed: bool = False,
+    host: str | None = None,
 ) -> int:
-    """Bytes of the rows in one place; of some processes only, of fixed rows only."""
+    """Bytes of the rows in one place; of some processes only, of fixed rows only. `host`: None is the first."""
     return sum(
         row.bytes
         for row in rows
-        if row.where == where and (processes is None or row.process in processes) and (row.fixed or not fixed)
+        if row.where == where
+        and row.host == host
+        and (processes is None or row.process in processes)
+        and (row.fixed or not fixed)
     )
 
 

@@ -183,7 +183,7 @@ STAYS = (Component.CUDA_GRAPHS, Component.CUDA_CONTEXT)
 """What stays on a GPU whoever uses it."""
 OFFLOADED = (
     Component.WEIGHTS, Component.MASTERS, Component.OTHERS_WEIGHTS, Component.MOMENTS, Component.REFERENCE,
-    Component.FROZEN_WEIGHTS, Component.BASE, Component.ADAPTERS,
+    Component.FROZEN_WEIGHTS, Component.TEACHER, Component.BASE, Component.ADAPTERS,
 )  # fmt: skip
 """What waits in host memory while the other uses the GPU; the rest is freed then."""
 

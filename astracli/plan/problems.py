@@ -16,7 +16,7 @@ from astracli.machine.memory import words
 from astracli.models import preflight
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan.memory import on_gpu, solid, total
-from astracli.plan.types import LaunchPlan
+from astracli.plan.types import TRAINING, LaunchPlan
 from astracli.process.config import Role
 
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
@@ -27,7 +27,7 @@ def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Call
         return []
     gpus, needed = facts.visible_gpus, len(plan.gpu_map)
     if needed > len(gpus):
-        train, resources = plan.command == "train", recipe.resources
+        train, resources = plan.command in TRAINING, recipe.resources
         parts = f"rollout {resources.rollout_gpus}" + (f", train {resources.train_gpus}" if train else "")
         shared = ", shared" if resources.share_gpus and train else ""
         noun = "GPU" if needed == 1 else "GPUs"
@@ -129,7 +129,8 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
         need, size = on_gpu(solid(plan.memory), names), facts.gpu_sizes.get(gpu)
         if size is not None and need > size >= on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
-    busy = sum(process.threads for process in plan.processes if process.role in (Role.ENGINE, Role.TRAINER))
+    here = [process for process in plan.processes if process.host is None]
+    busy = sum(process.threads for process in here if process.role in (Role.ENGINE, Role.TRAINER))
     cores = facts.system.cores_usable
     if plan.choice.device == "cpu" and busy > cores:
         result.append(f"engines and trainer want {busy} threads of {cores:g} usable cores: they will starve each other")

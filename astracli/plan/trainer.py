@@ -59,6 +59,8 @@ def trainer_rows(
     shape, ranks = load.shape, load.ranks
     share = ceil(shape.parameters / ranks)
     rows = _adapters(name, load, split) if shape.adapters else _whole(name, load, split)
+    if shape.teacher:
+        rows.append(MemoryRow(name, Component.TEACHER, "gpu", 2 * ceil(shape.teacher / ranks)))
     if ranks > 1 and split.sharding == "gradients":
         rows.append(MemoryRow(name, Component.GATHERED_WHOLE, "gpu", 2 * shape.parameters))
     elif wrapped(load, split):
@@ -160,6 +162,8 @@ def _on_cpu(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
             Component.PUBLISHED: 4 * share,
             Component.LOGITS: 3 * logits,
         }
+    if shape.teacher:
+        sizes[Component.TEACHER_FP32] = 4 * ceil(shape.teacher / load.ranks)
     return [
         *(MemoryRow(name, component, "host", size) for component, size in sizes.items()),
         MemoryRow(name, Component.ACTIVATIONS, "host", activations, "estimated", fixed=False),

@@ -13,7 +13,9 @@ from astracli.plan.gpus import Margin
 from astracli.plan.placement import Placement
 from astracli.process.config import Role
 
-Command = Literal["train", "rollout", "eval"]
+Command = Literal["train", "sft", "rollout", "eval"]
+TRAINING: frozenset[str] = frozenset({"train", "sft"})
+"""Commands with a trainer."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ProcessPlan:
     world_size: int = 1
     children: int = 0
     """Grading processes that it starts itself."""
+    host: str | None = None
+    """Where an agent starts it, by its name in `launch.hosts`; None: on the first host, where the supervisor is."""
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,16 @@ class TextTable(NamedTuple):
 
 def render(plan: LaunchPlan) -> list[TextTable]:
     """The plan as tables of text, for the terminal."""
-    processes = []
+    processes, several = [], any(p.host is not None for p in plan.processes)
     for p in plan.processes:
         module, numbers = p.module.removeprefix("astracli."), (p.threads, p.nice, p.restarts, p.children)
-        processes.append((p.name, module, ",".join(map(str, p.gpus)) or "-", *map(str, numbers)))
+        where = (p.host or "this",) if several else ()
+        processes.append((p.name, *where, module, ",".join(map(str, p.gpus)) or "-", *map(str, numbers)))
+    columns = ("process", *(("host",) if several else ()), "module", "gpus", "threads", "nice", "restarts", "children")
     backends = [(b.what, b.choice, b.reason) for b in plan.choice.reasons]
     figures, kinds = ("figure", "value"), ("process", "what", "where", "size", "basis")
     tables = [
-        TextTable("processes", ("process", "module", "gpus", "threads", "nice", "restarts", "children"), processes),
+        TextTable("processes", columns, processes),
         TextTable("backends", ("what", "choice", "reason"), backends),
         TextTable("placement", ("what", "where", "reason"), [*plan.placement.reasons, *gpus.reasons(plan.margins)]),
         TextTable("memory a GPU", gpus.COLUMNS, gpus.rows(gpus.uses(plan))),
@@ -45,6 +47,8 @@ def render(plan: LaunchPlan) -> list[TextTable]:
 
 def _with_sums(rows: Sequence[MemoryRow], places: Sequence[Place]) -> list[tuple[str, ...]]:
     sums = [("all", "sum", place, words(total(rows, where=place)), "") for place in places if rows]
+    for host in dict.fromkeys(row.host for row in rows if row.host is not None):
+        sums += [(f"all on {host}", "sum", place, words(total(rows, where=place, host=host)), "") for place in places]
     return [*_each(rows), *sums]
 
 

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, TypeAlias
 
 import psutil
 
-from astracli.process.worker import TERM_EXIT
+from astracli.process.worker import LOST_EXIT, TERM_EXIT
 
 if TYPE_CHECKING:
     from astracli.process.forking import Forked
@@ -141,6 +141,8 @@ def exit_words(code: int) -> str:
     """`exit code 3`, or `signal 15 (SIGTERM)`; of what nobody here does, who may have done it."""
     if code == TERM_EXIT:
         return f"exit code {code} (somebody sent it SIGTERM)"
+    if code == LOST_EXIT:
+        return "the agent of its host"
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -37,6 +37,8 @@ class EngineAddress(Table):
     url: str
     stage_dir: Path
     """Where payloads for it are staged."""
+    token: str | None = Field(default=None, repr=False)
+    """What it asks of its callers; None: the token of the caller's own config."""
 
 
 Keep = Literal["all", "right"]
@@ -106,6 +108,8 @@ class RolloutConfig(ProcessConfig):
     """Engines that share their GPU with a trainer in time."""
     samples: SampleFile | None
     """None: groups go to a trainer."""
+    generates: bool
+    """False: it leases no prompts, and only brings versions into the engines, for evaluations."""
 
 
 class TrainerConfig(ProcessConfig):
@@ -130,6 +134,10 @@ class TrainerConfig(ProcessConfig):
     """One of them uses this rank's own GPU."""
     warm_up: bool
     """Made-up rows are computed before the first batch, so that kernels are compiled while the engines start."""
+    teacher_path: Path | None
+    """Checkpoint of the teacher that the algorithm asks for."""
+    data_paths: dict[str, Path | None]
+    """In supervised training, examples of each source by name; None: they are generated."""
     host_bytes: int
     """What all processes are planned to need of the host, without copies of checkpoints; 0 on a CPU."""
 

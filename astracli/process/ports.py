@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 from contextlib import ExitStack
 
 import psutil
@@ -34,6 +35,17 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     with ExitStack() as held:
         sockets = [held.enter_context(bind(host)) for _ in range(count)]
         return [sock.getsockname()[1] for sock in sockets]
+
+
+def held_ports(count: int, host: str, stack: ExitStack) -> list[int]:
+    """`free_ports` that stay ours until `stack` is closed: no other program is given them by the system meanwhile.
+
+    On Linux a port that is bound, and not listened on, can still be bound by whoever sets SO_REUSEADDR and names it, as
+    engines and our store of ranks do. Elsewhere it could not, and nothing is held.
+    """
+    if sys.platform != "linux":
+        return free_ports(count, host)
+    return [stack.enter_context(bind(host)).getsockname()[1] for _ in range(count)]
 
 
 def url(host: str, port: int) -> str:

@@ -8,6 +8,7 @@ import ipaddress
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +24,8 @@ from astracli.process.console import say
 from astracli.process.intact import Intact
 
 KEEP_ALIVE_S = 75
+HOLDER = "astra.holder"
+"""Key in a request's scope: the name of who holds its token, where that is not the run's."""
 CLOSE = "close"
 """Of a refused request the connection ends: its body is not read."""
 
@@ -35,9 +38,19 @@ class TokenGuard:
     sends either.
     """
 
-    def __init__(self, app: ASGIApp, token: str, refusal: JSONResponse):
-        self._app = Intact(app)
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str,
+        refusal: JSONResponse,
+        others: Callable[[str], str | None] = lambda token: None,
+        limits: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    ):
+        """`others`: who else holds a token that is taken, by its name; the application finds it in its scope.
+        `limits`: what looks at a request before its body is read."""
+        self._app = limits(Intact(app))
         self._expected = f"Bearer {token}".encode()
+        self._others = others
         self._refusal = refusal
 
         self._refusal.headers["connection"] = CLOSE
@@ -47,8 +60,10 @@ class TokenGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         refusal = self._browser(headers)
-        if refusal is None and not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
-            refusal = self._refusal
+        said = headers.get(b"authorization", b"")
+        if refusal is None and not hmac.compare_digest(said, self._expected):
+            scope[HOLDER] = self._others(said.decode("latin-1").removeprefix("Bearer "))
+            refusal = self._refusal if scope[HOLDER] is None else None
         if refusal is not None:
             await refusal(scope, receive, send)
             return

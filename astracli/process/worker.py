@@ -37,6 +37,8 @@ State = Literal["starting", "ready", "done", "failed"]
 
 ORPHAN_EXIT = 3
 """Exit code of a worker whose supervisor is gone."""
+LOST_EXIT = 76
+"""Stands for the exit code of a process whose host's agent is gone; the process has ended with it."""
 TERM_EXIT = 143
 """Exit code of a worker that was told to stop (128 + SIGTERM)."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")

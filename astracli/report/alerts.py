@@ -29,6 +29,8 @@ QUIET_STEPS = 20
 class Alerts:
     """Feed every record of metrics.jsonl in order; what an earlier attempt wrote too, to know where the run began."""
 
+    by_rewards: bool = True
+    """The run learns from rewards: it has to begin with some right answers."""
     _entropy: list[float] = field(default_factory=list)
     _rewards: deque[float] = field(default_factory=lambda: deque(maxlen=FLAT_STEPS))
     _seen: dict[str, int] = field(default_factory=dict)
@@ -37,8 +39,10 @@ class Alerts:
     def feed(self, record: Mapping[str, Any]) -> list[str]:
         """The lines of what begins with this record; [] of any process but the trainer and the evaluation."""
         if record.get("process") == "eval":
-            return self._start(record)
+            return self._start(record) if self.by_rewards else []
         if record.get("process") != "trainer" or "entropy" not in record or "step" not in record:
+            return []
+        if "epoch" in record:  # supervised training: its entropy is meant to fall, and it has no reward
             return []
         step = int(record["step"])
         found = []

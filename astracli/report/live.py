@@ -42,6 +42,8 @@ class RunProgress:
     """Steps done."""
     phase: str = "starting"
     statuses: Mapping[str, Status] = field(default_factory=dict)
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    """Process -> its host, of those on other hosts."""
     figures: dict[str, float] = field(default_factory=dict)
     """Newest value of each metric."""
     evals: list[EvaluationStatus] = field(default_factory=list)
@@ -75,7 +77,11 @@ class RunProgress:
     def waits(self) -> list[str]:
         """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready."""
         idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
-        return [plain(f"{name}: {status.words()}") for name, status in idle]
+        return [plain(f"{self.named(name)}: {status.words()}") for name, status in idle]
+
+    def named(self, process: str) -> str:
+        """`engine0 on b`, of a process of another host."""
+        return f"{process} on {self.hosts[process]}" if process in self.hosts else process
 
     def eval_words(self, evaluation: EvaluationStatus) -> str:
         """`avg@8 0.35` of the overall figure, or of the only benchmark."""
@@ -87,6 +93,7 @@ class RunProgress:
         """The figures of one line, those that are known."""
         formats = (
             (REWARD, f"{words(REWARD)} {{:.2f}}"),
+            *([("loss", "loss {:.4f}")] if REWARD not in self.figures else []),
             ("tokens_per_s", "{:.0f} trained tok/s"),
             ("staleness_mean", f"{words('staleness_mean')} {{:.1f}}"),
         )
@@ -270,7 +277,10 @@ def draw(progress: RunProgress) -> RenderableType:
     for name, status in progress.statuses.items():
         restarts = f"restarted {status.restarts}x" if status.restarts else ""
         rows.add_row(
-            Text(name, style="bold"), status.words(), Text(details(status), style="dim"), Text(restarts, style="yellow")
+            Text(progress.named(name), style="bold"),
+            status.words(),
+            Text(details(status), style="dim"),
+            Text(restarts, style="yellow"),
         )
     lines: list[RenderableType] = [head, figures]
     if trend:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from astracli.errors import UserError
 from astracli.report import run_files
-from astracli.runs import metrics
+from astracli.runs import documents, metrics
 from astracli.runs.changes import shown
 from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir
@@ -82,16 +82,32 @@ def rewards(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
 
 
 def row(run: RunDir) -> dict[str, Any]:
-    """`run_files.row`, with newest score and reward."""
-    newest = next(iter(scores(run)[-1:]), None)
+    """`run_files.row`, with newest score and reward. Of a damaged `eval.csv` there is no score: other runs stand in the
+    same list."""
+    try:
+        newest = next(iter(scores(run)[-1:]), None)
+    except UserError:
+        newest = None
     return run_files.row(run) | {"score": vars(newest) if newest else None, "reward": newest_reward(run)}
 
 
-def settings(runs: Sequence[RunDir]) -> dict[str, list[Any]]:
-    """Dotted key -> its value in every run, of those keys in which the runs' recipes differ, in the schema's order."""
-    flat = [_flat(json.loads(run.recipe_json.read_text(encoding="utf-8"))) for run in runs]
-    keys = dict.fromkeys(key for each in flat for key in each)
-    values = {key: [each.get(key) for each in flat] for key in keys if not _no_setting(key)}
+def settings(runs: Sequence[RunDir], *, skip_damaged: bool = False) -> dict[str, list[Any]]:
+    """Dotted key -> its value in every run, of those keys in which the runs' recipes differ, in the schema's order.
+
+    With `skip_damaged` a run whose recipe cannot be read has the values of the first that can be.
+    """
+    flat: list[dict[str, Any] | None] = []
+    for run in runs:
+        try:
+            flat.append(_flat(documents.document(run.recipe_json)))
+        except UserError:
+            if not skip_damaged:
+                raise
+            flat.append(None)
+    first = next((each for each in flat if each is not None), {})
+    each_run = [first if each is None else each for each in flat]
+    keys = dict.fromkeys(key for each in each_run for key in each)
+    values = {key: [each.get(key) for each in each_run] for key in keys if not _no_setting(key)}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 

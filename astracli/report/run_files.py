@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astracli.errors import UserError
-from astracli.runs import changes, metrics, names, tables
+from astracli.runs import changes, documents, metrics, names
 from astracli.runs.run_dir import RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
@@ -152,7 +152,7 @@ def eval_rows(run: RunDir) -> dict[str, list[dict[str, str]]]:
     """benchmark -> its rows of `eval/eval.csv` in the order of steps; empty without that file."""
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     if run.eval_csv.is_file():
-        for row in sorted(tables.read(run.eval_csv), key=lambda row: int(row["step"])):
+        for row in sorted(documents.evaluations(run.eval_csv), key=lambda row: int(row["step"])):
             found[row["benchmark"]].append(row)
     return found
 
@@ -175,19 +175,17 @@ def trends(run: RunDir) -> list[Trend]:
 def results(run: RunDir) -> dict[str, Any] | None:
     """`eval/results.json`, which an `astra eval` leaves; None for anything else."""
     file = run.eval / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return documents.document(file) if file.is_file() else None
 
 
 def summary(run: RunDir) -> dict[str, Any] | None:
     """The summary figures of a run that has ended; None while it runs and of one that was killed. Its places are where
     the run lies now: it may have been moved, or be looked at from another directory."""
     try:
-        document = json.loads(run.summary_json.read_text())
+        document = documents.document(run.summary_json)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise UserError(f"`{run.summary_json}` is damaged: {error}") from None
-    return document | {"paths": paths(run.path)} if isinstance(document, dict) else None
+    return document | {"paths": paths(run.path)}
 
 
 def report(run: RunDir) -> dict[str, Any]:
@@ -200,6 +198,6 @@ def report(run: RunDir) -> dict[str, Any]:
             tail = [value for _, value in series[-max(1, len(series) // 10) :]]
             words = ", ".join(filter(None, [names.words(name), names.FIGURES[name].unit]))
             figures.append({"figure": words, "metric": name, "first": series[0][1], "last_tenth": metrics.mean(tail)})
-    recipe = json.loads(run.recipe_json.read_text())
+    recipe = documents.document(run.recipe_json)
     evaluation = [vars(trend) | {"difference": trend.difference} for trend in trends(run)]
     return {"run": row(run), "evaluation": evaluation, "figures": figures, "expected": recipe.get("expected")}

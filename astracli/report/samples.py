@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from astracli.runs import metrics
+from astracli.runs import documents, metrics
 from astracli.runs.run_dir import RunDir
 
 MOST = 20_000
@@ -147,7 +147,7 @@ def _model_places(run: RunDir) -> Iterator[Path]:
     from astracli.errors import UserError
 
     yield run.export
-    path = json.loads(run.recipe_json.read_text())["model"]["path"]
+    path = documents.document(run.recipe_json)["model"]["path"]
     try:
         local = fetch.local_path(path)
     except UserError:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from astracli.plan.types import TRAINING
 from astracli.report import run_files
 from astracli.report.live import duration, judged
 from astracli.runs import changes, metrics, names
@@ -41,6 +42,8 @@ def page(run: RunDir) -> StatusPage:
     rows += _evaluations(run)
     rows += [("from", found)] if (found := run_files.origin(run)) else []
     rows += [("changed", changes.words(line)) for line in changes.read(run)]
+    if status.state == "running" and status.alive():
+        rows += [("host", f"{name}: {words}") for name, words in status.hosts.items()]
     rows += [("waits", f"{name}: {words}") for name, words in _waits(status)]
     rows += [("warning", words) for words in _notes(run, status)]
     if status.cause and status.state == "failed":
@@ -104,7 +107,7 @@ def _progress(status: RunStatus, records: Sequence[Mapping[str, Any]]) -> list[t
         rows.append(("parts", ", ".join(f"{name} {value:.3g}" for name, value in parts.items()) + " of the reward"))
     newest_of = {
         name: points[-1][1]
-        for name in ("entropy", "grad_norm", "lr", "staleness_mean", "tokens_per_s")
+        for name in ("loss", "entropy", "grad_norm", "lr", "staleness_mean", "tokens_per_s")
         if (points := metrics.series(records, name, "trainer"))
     }
     if newest_of:
@@ -160,6 +163,6 @@ def _next(run: RunDir, status: RunStatus) -> str | None:
     if status.state == "failed":
         return status.hint
     resumable = status.state == "interrupted" or not status.alive()
-    if status.command == "train" and status.state != "done" and resumable:
-        return f"go on with `astra train --resume {run.path}`"
+    if status.command in TRAINING and status.state != "done" and resumable:
+        return f"go on with `astra {status.command} --resume {run.path}`"
     return None

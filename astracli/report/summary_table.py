@@ -119,8 +119,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if training["step_s_mean"] is not None:
         done += f", {summary['steps_this_attempt']}{attempt}" if attempt else ""
         done += f", {training['step_s_mean']:.2f} s each"
-        if training["wait_share"] is not None:
-            done += f" (the first included), the trainer waited {training['wait_share']:.0%} of it"
+        done += " (the first included)"
+        if training["wait_share"] is not None and not summary.get("bottleneck"):  # which says it without the first
+            done += f", the trainer waited {training['wait_share']:.0%} of it"
     if summary["steps_planned"] is not None:
         facts.append(("steps", done))
     if found := summary.get("bottleneck"):
@@ -135,6 +136,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if skipped := (summary.get("groups") or {}).get("skipped"):
         facts.append(("left out", left_out_words(skipped)))
     facts += reward_rows(training, attempt)
+    if (losses := training.get("loss")) and not training.get(f"{REWARD}_first"):
+        facts.append(("loss", f"{losses[0]:.4f} -> {losses[1]:.4f}, first and last step{attempt}"))
     if training["tokens"]:
         rate = f"{training['tokens_per_s'] or 0:,.0f} a second"
         facts.append(("tokens", f"{training['tokens']:,.0f} trained{attempt}, {rate}"))

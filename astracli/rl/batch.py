@@ -278,6 +278,30 @@ def build_batch(
     rows = rows_of(ordered, recipe.algorithm, recipe.rollout)
     if not rows:
         raise ValueError(f"the batch of step {step} has {len(ordered)} groups and no completion token")
+    return arranged(
+        ordered,
+        rows,
+        recipe,
+        step=step,
+        pad_token=pad_token,
+        rank=rank,
+        world_size=world_size,
+        divide_rows=divide_rows,
+    )
+
+
+def arranged(
+    groups: list[Group],
+    rows: Sequence[Row],
+    recipe: Recipe,
+    *,
+    step: int,
+    pad_token: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    divide_rows: Divide = micro_batches,
+) -> Batch:
+    """The rows of `step` in minibatches and micro-batches, of which this rank gets its share."""
     shuffled = list(rows)
     random.Random(f"{recipe.seed}:{step}").shuffle(shuffled)
     mine: list[list[MicroBatch]] = []
@@ -290,4 +314,4 @@ def build_batch(
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))
-    return Batch(ordered, rows, mine, tokens)
+    return Batch(groups, list(rows), mine, tokens)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from astracli.engines.client import EngineClient
+from astracli.engines.client import CallLost, EngineClient
 from astracli.engines.contract import GenRequest, GenResult
 from astracli.errors import RunFailed
 from astracli.rollout.slot_gate import SlotGate
@@ -26,6 +26,8 @@ weights that drew it are proven."""
 ABORT_AGAIN_S = 0.2
 """A request that was on its way when all were aborted is caught by the next abort."""
 FAILURES_IN_A_ROW = 3
+LOST_CALLS = 5
+"""How often a call whose connection breaks is made again, to an engine that is there all the while."""
 
 
 class EngineLost(RunFailed):
@@ -55,6 +57,8 @@ class RequestGate:
         self._last_update = (self.use.seconds(), 0)
         self._counts = {"aborted_samples": 0, "prefilled_again_tokens": 0}
         self._failed_episodes = 0
+        self._redrawn = 0
+        self._health: asyncio.Task[bool] | None = None
 
     @property
     def gate(self) -> asyncio.Event:
@@ -93,7 +97,47 @@ class RequestGate:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, requests: Sequence[GenRequest], heard: Heard | None) -> list[GenResult]:
-        """One call to the engine."""
+        """One call to the engine. What its connection loses, while the engine is there, is drawn again."""
+        found: dict[int, GenResult] = {}
+        places = list(range(len(requests)))
+
+        def told(number: int, result: GenResult, proven: bool) -> None:
+            assert heard is not None
+            place = places[number]
+            if proven:
+                found[place] = result
+            heard(place, result, proven)
+
+        for again in range(LOST_CALLS + 1):
+            try:
+                results = await self._call_once([requests[place] for place in places], told if heard else None)
+            except CallLost as error:
+                if again == LOST_CALLS or not await self._is_there():
+                    self._lose(error)
+                    raise EngineLost(error.message, error.hint) from error
+                places = [place for place in places if place not in found]
+                self._redrawn += len(places)
+                print(f"warning: {self.name}: {error.message}; {len(places)} requests are drawn again", file=sys.stderr)
+            else:
+                found |= dict(zip(places, results, strict=True))
+                places = []
+            if not places:
+                break
+        self.tokens += sum(len(result.tokens) for result in found.values())
+        return [found[place] for place in range(len(requests))]
+
+    async def _is_there(self) -> bool:
+        """Whether the engine answers although a call of it broke. Calls that break at once ask once."""
+        if self.sync.state is State.LOST:
+            return False
+        if self._health is None or self._health.done():
+            self._health = asyncio.create_task(self.engine.health())
+        try:
+            return await asyncio.shield(self._health)
+        except RunFailed:
+            return False
+
+    async def _call_once(self, requests: Sequence[GenRequest], heard: Heard | None) -> list[GenResult]:
         await self.gate.wait()
         version, voids = self.version, self.sync.voids
         assert version is not None
@@ -120,6 +164,8 @@ class RequestGate:
                     one_ended(place, result)
             else:
                 results = await self.engine.generate(requests, one_ended)
+        except CallLost:
+            raise
         except RunFailed as error:
             self._lose(error)
             raise EngineLost(error.message, error.hint) from error
@@ -131,7 +177,6 @@ class RequestGate:
         await self.sync.proven.wait()
         if self.sync.voids != voids:
             raise EngineLost(f"{self.name} generated with weights that were not proven to be the trainer's")
-        self.tokens += sum(len(result.tokens) for result in results)
         return [with_oldest(result) for result in results]
 
     def count_aborted(self, samples: int, tokens: int) -> None:
@@ -176,6 +221,8 @@ class RequestGate:
         self._counts = dict.fromkeys(self._counts, 0)
         if self._failed_episodes:
             counts["failed_episodes"], self._failed_episodes = self._failed_episodes, 0
+        if self._redrawn:
+            counts["redrawn_requests"], self._redrawn = self._redrawn, 0
         interval_s = max(1e-9, now.all - then.all)
         rates = {
             "rollout_tokens_per_s": (self.tokens - tokens) / interval_s,

@@ -8,7 +8,8 @@ update is continued from prompt + prefix: its tokens form one segment per versio
 sample, position) alone. In a deterministic run all groups of one grant are one call to the engine, which runs nothing
 beside it (`policy`): log-probabilities then depend on nothing else either, to the last bit.
 
-Without a trainer (`config.samples`) groups are written to a file, and the worker ends.
+Without a trainer (`config.samples`) groups are written to a file, and the worker ends. In supervised training there are
+no prompts: it only updates its engines (`config.generates`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 from astracli.config import algorithms
 from astracli.config.recipe_data import sets
 from astracli.data.prompts import Problem, PromptSource, stop_token_ids
-from astracli.engines import registry as engines
 from astracli.engines.stops import StopStrings
 from astracli.envs import registry as envs
 from astracli.envs.attempt import Failure, score
@@ -43,6 +43,7 @@ from astracli.process.worker import Reporter, worker_main
 from astracli.rewards.reward import Rewards, open_pools
 from astracli.rl.types import Group
 from astracli.rollout.engine_worker import EngineWorker
+from astracli.rollout.engine_workers import engine_workers, only_update
 from astracli.rollout.episodes import Failures, leaves, play
 from astracli.rollout.groups import SampleWriter, group_of
 from astracli.rollout.policy import RolloutSampling
@@ -289,33 +290,18 @@ class _Over(Exception):
 
 
 async def _main(config: RolloutConfig, reporter: Reporter, source: PromptSource, env: Env) -> None:
-    recipe, kind = config.recipe, engines.get(config.engine)
     async with contextlib.AsyncExitStack() as stack:
         hub = await stack.enter_async_context(AsyncHubClient(config.hub_url, config.token))
-        workers = []
-        for entry in config.engines:
-            client = kind.client(entry.url, config.token, name=entry.name, stage_dir=entry.stage_dir)
-            engine = await stack.enter_async_context(client)
-            subscriber = kind.receiver(config.hub_url, config.token, entry.stage_dir, config.model_path)
-            stack.callback(subscriber.close)
-            workers.append(
-                EngineWorker(
-                    entry.name,
-                    engine,
-                    hub,
-                    subscriber,
-                    process=config.name,
-                    mode=recipe.weights.pause_mode,
-                    ready_timeout_s=recipe.launch.ready_timeout_s,
-                    time_sharing=entry.name in config.gpu_leases,
-                )
-            )
-        stack.enter_context(LoopWatch(recipe.rollout.env_timeout_s))
+        workers = await engine_workers(config, hub, stack)
+        stack.enter_context(LoopWatch(config.recipe.rollout.env_timeout_s))
         await Rollout(config, reporter, hub, workers, source, env).run()
 
 
 def run(config: RolloutConfig, reporter: Reporter) -> None:
     """Entry of the process."""
+    if not config.generates:
+        asyncio.run(only_update(config, reporter))
+        return
     recipe = config.recipe
     source = PromptSource(recipe.data, recipe.seed, config.data_paths)
     tokenizer = load_tokenizer(config.model_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -76,10 +77,10 @@ def _say_left_out(root: Path, names: tuple[str, ...]) -> None:
     say(f"note: left out under `{root}`, this user may not read it: {', '.join(names[:3])}{more}")
 
 
-def newest(root: Path = RUNS, command: str | None = None) -> RunDir | None:
-    """The run under `root` that started last, with `command` of its kind if there is one; None when there is none."""
+def newest(root: Path = RUNS, commands: Collection[str] = ()) -> RunDir | None:
+    """The run under `root` that started last, of one of the `commands` if there is one; None when there is none."""
     found = list_runs(root)
-    kind = [run for run in found if (status := run.readable_status()) is not None and status.command == command]
+    kind = [run for run in found if (status := run.readable_status()) is not None and status.command in commands]
     return next(iter(kind or found), None)
 
 

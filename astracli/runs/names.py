@@ -31,6 +31,8 @@ FIGURES: dict[str, Figure] = {
     "ratio_mean": Figure("ratio policy / behaviour", "mean", "{:.4f}"),
     "clip_fraction": Figure("clipped tokens", "share", "{:.2%}"),
     "kl": Figure("KL to the initial model", "nats"),
+    "loss": Figure("loss", "", "{:.4g}"),
+    "epoch": Figure("epoch", "examples seen / examples", "{:.2f}"),
     "entropy": Figure("entropy", "nats a token"),
     "grad_norm": Figure("gradient norm", "mean over updates"),
     "lr": Figure("learning rate", "", "{:g}"),

@@ -40,6 +40,8 @@ class RunStatus:
     """Of a run that goes on: starting, running, resuming, finishing."""
     waits: dict[str, str] = field(default_factory=dict)
     """Process -> what it waits for, or its state; a few seconds old."""
+    hosts: dict[str, str] = field(default_factory=dict)
+    """Other hosts of the run -> whether their agent is there, and what it runs."""
     command: str = "train"
     recipe: str = ""
     typed: str = ""

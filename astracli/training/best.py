@@ -6,7 +6,6 @@ earlier step. Imports no torch.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from astracli.config import benchmarks
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
+from astracli.runs import documents
 from astracli.runs.metrics import OVERALL
 from astracli.runs.run_dir import RunDir
 from astracli.training import checkpoint
@@ -66,8 +66,7 @@ def scores(run: RunDir, benchmark: str) -> list[Score]:
     """The evaluations of one benchmark, in the order of steps; [] when there are none."""
     if not run.eval_csv.is_file():
         return []
-    with run.eval_csv.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+    rows = [row for row in documents.evaluations(run.eval_csv) if row["benchmark"] == benchmark]
     found = [Score.of(benchmark, r) for r in rows]
     return sorted(found, key=lambda score: score.step)
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from astracli.config import reading
 from astracli.errors import RunFailed
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 from astracli.models.adapter_tools import is_buffer
@@ -105,7 +106,7 @@ def _shards(model_dir: Path) -> list[Path]:
     shards = sorted(model_dir.glob("*.safetensors"))
     index = model_dir / SHARD_INDEX
     if index.exists():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        named = set(reading.from_json(index.read_text())["weight_map"].values())
         shards = [shard for shard in shards if shard.name in named]
     if not shards:
         raise RunFailed(f"no .safetensors file in `{model_dir}`", "the source checkpoint must still be there to export")

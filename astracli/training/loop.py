@@ -1,9 +1,10 @@
-"""A trainer rank between its start and its end: takes batches from the hub, trains, checkpoints, publishes, exports.
+"""A trainer rank between its start and its end: takes batches, trains, checkpoints, publishes, exports.
 
 Order of one step s, safe against a kill at any point: train -> begin checkpoint s + 1 when due -> publish version
 s + 1 -> announce -> leave a shared GPU -> metrics -> acknowledge. A resumed trainer loads checkpoint c, publishes
 version c anew and asks for batch c, which the hub serves with the same groups. Rank 0 talks to the hub; other ranks get
-the batch from it.
+the batch from it. In supervised training the examples of a data set take the place of groups, and only versions that
+are evaluated are published (`batches`).
 
 A checkpoint is written while the next steps run (`checkpoint_saver`), except in deterministic mode. Once it is whole
 the next acknowledgement tells the hub; until then a resume begins at the one before, whose groups the hub keeps.
@@ -28,18 +29,15 @@ from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
 from astracli.errors import RunFailed, disk_failed
 from astracli.hub.client import HubClient
-from astracli.hub.types import Batch, HubState, NextBatch
-from astracli.hub.wire import MSGPACK, pack_answer, unpack_answer
+from astracli.hub.types import HubState
 from astracli.kernels.cpu.memory import GiveBack
 from astracli.models import registry
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
 from astracli.process.worker import TERM_EXIT, Reporter
-from astracli.rl.sample_log import write_samples
-from astracli.rl.types import Group, unpack_group
 from astracli.runs import names
 from astracli.runs.run_dir import RunDir
-from astracli.training import best, checkpoint, step_figures
+from astracli.training import batches, best, checkpoint, step_figures
 from astracli.training.checkpoint_saver import Saver
 from astracli.training.export import export, frozen_tensors
 from astracli.training.fsdp import Ranks
@@ -57,8 +55,6 @@ GIVE_BACK_EVERY = 20
 """Steps on a CPU between two times at which freed memory goes back to the system."""
 HISTORY_STEPS = 8
 """Whose figures the message of a run quotes that ends because of its numbers."""
-BATCH_WAIT_S = 5.0
-"""One long poll for a batch; between two, a stop is noticed."""
 
 
 def train(config: TrainerConfig, reporter: Reporter, ranks: Ranks) -> None:
@@ -87,6 +83,11 @@ def _end_rank(error: BaseException) -> None:
     os._exit(known.exit_code if known else 1)
 
 
+def _rates(figures: dict[str, float], step_s: float) -> None:
+    """What a step took, and its trained tokens a second."""
+    figures |= {"step_s": step_s, "tokens_per_s": figures["tokens"] / step_s}
+
+
 class TrainLoop:
     """One rank's state between steps. `step` is the next step to train; the policy's version is the same number."""
 
@@ -101,6 +102,7 @@ class TrainLoop:
         self.freed_memory = GiveBack(GIVE_BACK_EVERY) if config.device == "cpu" else None
         self._history: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=HISTORY_STEPS)
         self.hub = HubClient(config.hub_url, config.token) if ranks.first else None
+        self.source = batches.of(config, reporter, ranks, self.hub)
         self.time_sharing = TimeSharing(config, reporter, ranks, self.hub)
         if not self.time_sharing.begin():
             raise SystemExit(TERM_EXIT)
@@ -113,6 +115,7 @@ class TrainLoop:
             attention=config.attention,
             split=config.split,
             bf16_engine=config.device not in engines.get(config.engine).fp32_on,
+            teacher_dir=config.teacher_path,
         )
         self.checkpoints = config.run_dir / "checkpoints"
         self.saver = Saver(
@@ -168,12 +171,15 @@ class TrainLoop:
             state: HubState = self.hub.state()
             running = [one.version for one in state.evals if one.state == "running"]
             self._pinned = {version for version in running if version is not None}
-        publish = self.publisher.publish if resume is None else self.publisher.restart
-        publish(self.step, self._to_publish(), owned=True)  # in full, adapters merged
-        self.time_sharing.end(self.trainer)
+        publishes = self.source.publishes(self.step, first=True)
+        if publishes:
+            publish = self.publisher.publish if resume is None else self.publisher.restart
+            publish(self.step, self._to_publish(), owned=True)  # in full, adapters merged
+            self.time_sharing.end(self.trainer)
         if self.recipe.checkpoint.every and self.saver.beside:
             self.saver.prepare(masters)
-        self._announce(self.step)
+        if publishes:
+            self._announce(self.step)
         if self.hub is not None and resume:
             # a kill between checkpoint and acknowledgement left this step open
             self.hub.ack(self.step - 1, self.step, self.step)
@@ -185,7 +191,7 @@ class TrainLoop:
     def advance(self) -> bool:
         """Train one step. False when the run is asked to stop."""
         began = time.perf_counter()
-        received = self._receive()
+        received = self.source.receive(self.step, self._check_background)
         if received is None:
             return False
         groups, stats = received
@@ -193,27 +199,35 @@ class TrainLoop:
             return False
         wait_s = time.perf_counter() - began
         try:
-            result = self.trainer.train(groups, self.step, self.step)
+            result = self.source.train(self.trainer, groups, self.step)
         except NotFinite as error:
             raise RunFailed("\n  ".join([error.message, *names.recent(self._history)]), error.hint) from error
         except ValueError as error:
-            raise RunFailed(str(error), "look at the rollout worker's log") from error
+            hint = "look at the rollout worker's log" if self.recipe.sft is None else None
+            raise RunFailed(str(error), hint) from error
         figures: dict[str, float] = {**result.metrics, **stats, "wait_s": wait_s, **self._once}
         self._once = {}
         self._history.append((self.step, figures))
         step, version = self.step, self.step + 1
-        if self.hub is not None:
-            count = self.recipe.metrics.samples_per_step
-            write_samples(self.config.run_dir / "samples", result.batch, step, self.recipe.seed, count)
         figures["publish_wait_s"] = self._settle()
         self.saver.check()
         self._checkpoint_if_due(version, figures)
         self.step = version
-        self._publish(step, figures, began)
+        if self.source.publishes(version):
+            self.source.before_publishing()
+            self._publish(step, figures, began)
+        else:
+            _rates(figures, time.perf_counter() - began)
+            self._acknowledge(step, figures)
         self.reporter.progress(step=version, trained_tokens_per_s=round(figures["tokens_per_s"], 1))
         if self.freed_memory is not None:
             self.freed_memory.passed()
         return True
+
+    def _check_background(self) -> None:
+        """Raise what went wrong beside the loop."""
+        self.publisher.check()
+        self.saver.check()
 
     def _settle(self) -> float:
         """Wait until the version before is on disk, announced and acknowledged. Seconds; raises its error."""
@@ -241,14 +255,11 @@ class TrainLoop:
             else:
                 self.time_sharing.end(self.trainer)
                 costs(result.publish_s, time.perf_counter())
-            self._metrics(step, figures | self.saver.figures())
-            if self.hub is not None:
-                self.hub.ack(step, version, self.saver.whole)
+            self._acknowledge(step, figures)
 
         def costs(publish_s: float, ended: float) -> None:
             figures["publish_s"] = figures["publish_wait_s"] + figures["snapshot_s"] + publish_s
-            figures["step_s"] = ended - began
-            figures["tokens_per_s"] = figures["tokens"] / figures["step_s"]
+            _rates(figures, ended - began)
 
         handed_over = time.perf_counter()
         if self.background:
@@ -256,6 +267,12 @@ class TrainLoop:
             self.publisher.publish_async(version, tensors, published, owned=True, factors=factors)
         else:
             published(self.publisher.publish(version, tensors, owned=True, factors=factors))
+
+    def _acknowledge(self, step: int, figures: Mapping[str, float]) -> None:
+        """The step's metrics; then the hub may forget what it was trained on."""
+        self._metrics(step, {**figures, **self.saver.figures()})
+        if self.hub is not None:
+            self.hub.ack(step, step + 1, self.saver.whole)
 
     @property
     def _sends_adapter(self) -> bool:
@@ -286,35 +303,6 @@ class TrainLoop:
         self._metrics(self.step - 1, {"export_s": export_s, **self.saver.figures()})
         if self.hub is not None and self.saver.whole is not None:
             self.hub.ack(self.step - 1, self.step, self.saver.whole)
-
-    def _receive(self) -> tuple[list[Group], dict[str, float]] | None:
-        """This step's groups on every rank, and the hub's counts of what arrived for it; None on a stop."""
-        if self.hub is None:
-            self.reporter.waiting("waiting for the first rank's batch")
-        message = pack_answer(NextBatch(self._poll(self.hub)))[0] if self.hub is not None else None
-        reply: NextBatch = unpack_answer(NextBatch, self.ranks.broadcast(message), MSGPACK, "the first rank")
-        self.reporter.waiting(None)
-        if reply.batch is None:
-            return None
-        stats = step_figures.arrived(reply.batch, replays=bool(self.recipe.train.replay_ratio))
-        try:
-            return [unpack_group(blob) for blob in reply.batch.groups], stats
-        except ValueError as error:
-            raise RunFailed(
-                f"a group of step {self.step} is damaged in hub.sqlite: {error}",
-                "start a new run from its weights: `astra train --from RUN_DIR`",
-            ) from None
-
-    def _poll(self, hub: HubClient) -> Batch | None:
-        """This step's batch; None on a stop."""
-        while not self.reporter.stop_requested.is_set():
-            reply: NextBatch = hub.batch(self.step, wait_s=BATCH_WAIT_S)
-            if reply.batch is not None:
-                return reply.batch
-            self.publisher.check()
-            self.saver.check()
-            self.reporter.waiting(reply.wait)
-        return None
 
     def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
         """Begin a checkpoint; `checkpoint_s` is how long the step stands still for it."""

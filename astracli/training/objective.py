@@ -34,6 +34,7 @@ def token_losses(
     proximal_N: Tensor | None,
     limits: ClipLimits,
     *,
+    teacher_N: Tensor | None = None,
     version: int = 0,
     cap: float | None = None,
 ) -> tuple[TokenLoss, Tensor | None]:
@@ -49,6 +50,7 @@ def token_losses(
         advantage_N=upload(micro.advantage_N, device),
         proximal_N=logprob_N.detach() if proximal_N is None else proximal_N,
         sequence_N=upload(micro.sequence_N, device),
+        teacher_N=teacher_N,
     )
     if cap is None:
         return algorithm.token_loss(tokens, limits), None

@@ -55,20 +55,26 @@ Pass = tuple[MicroBatch, slice]
 
 
 def logprobs(
-    policy: PolicyModel, adapter: ModelAdapter, micro: MicroBatch, device: torch.device
+    policy: PolicyModel,
+    adapter: ModelAdapter,
+    micro: MicroBatch,
+    device: torch.device,
+    target_N: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens."""
+    """Log-probability and entropy, each fp32 [N], of a micro-batch's loss tokens; with a `target_N` (int64), of those
+    tokens at the same places."""
+    wanted_N = micro.target_N if target_N is None else target_N
     if device.type == "cuda":
         micro = packing.rounded(micro)
-    predict_N, target_N = (upload(x, device) for x in (micro.predict_N, micro.target_N))
+    predict_N, chosen_N = (upload(x, device) for x in (micro.predict_N, wanted_N))
     tokens_BL = upload(micro.tokens_BL, device)
     if micro.bounds_S1 is not None:
         positions_1T = upload(packing.positions(micro.bounds_S1)[None], device)
         boundaries = varlen.boundaries(micro.bounds_S1, device)
-        return policy(tokens_BL, None, positions_1T, predict_N, target_N, **boundaries)
+        return policy(tokens_BL, None, positions_1T, predict_N, chosen_N, **boundaries)
     mask = upload(micro.mask_BL, device)
     position_ids = adapter.position_ids(mask) if adapter.position_ids else None
-    return policy(tokens_BL, adapter.attention_mask(mask), position_ids, predict_N, target_N)
+    return policy(tokens_BL, adapter.attention_mask(mask), position_ids, predict_N, chosen_N)
 
 
 def spread(rows: Sequence[Row], tokens_per_microbatch: int) -> list[Row]:

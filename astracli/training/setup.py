@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from astracli.backends import choice as backend
 from astracli.config.recipe import Recipe
+from astracli.errors import RunFailed
 from astracli.kernels import varlen
 from astracli.kernels.cpu import linear
+from astracli.models import registry
 from astracli.models.adapter import ModelAdapter, WireTensor, read_config
 from astracli.models.checkpoint_files import fingerprint
 from astracli.models.preflight import text_config
@@ -22,7 +24,7 @@ from astracli.training.logprob import PolicyModel
 from astracli.training.lora import Adapters
 from astracli.training.lora_masters import LoraMasters
 from astracli.training.optimizer import DTYPES, Masters
-from astracli.training.step import Trainer
+from astracli.training.step import Teacher, Trainer
 
 
 def build_trainer(
@@ -34,9 +36,11 @@ def build_trainer(
     attention: str,
     split: Split = RESIDENT,
     bf16_engine: bool = False,
+    teacher_dir: Path | None = None,
 ) -> Trainer:
     """Everything a step needs, on every rank. `attention`: an implementation that transformers knows. `split`: what
-    waits in host memory between its uses. `bf16_engine`: the engine computes in bf16."""
+    waits in host memory between its uses. `bf16_engine`: the engine computes in bf16.
+    `teacher_dir`: of the teacher that the algorithm asks for."""
     loader = _Loader(model_dir, adapter, recipe, ranks, attention)
     policy, masters = _with_adapters(loader, split) if recipe.lora is not None else _whole(loader, split)
     reference, offload, adapters_off = None, None, None
@@ -56,10 +60,26 @@ def build_trainer(
         reference=reference,
         reference_offload=offload,
         adapters_off=adapters_off,
+        teacher=_teacher(loader, teacher_dir) if teacher_dir is not None else None,
         pad_token=pad_token(model_dir),
         packed=loader.packed,
         bf16_engine=bf16_engine,
     )
+
+
+def _teacher(loader: _Loader, folder: Path) -> Teacher:
+    """A frozen model of its own family, loaded as the reference is."""
+    model = loader.recipe.model.model_copy(update={"path": str(folder), "adapter": "auto"})
+    adapter = registry.resolve(loader.recipe.model_copy(update={"model": model}), folder)
+    own = replace(loader, model_dir=folder, adapter=adapter)
+    if own.packed != loader.packed:
+        raise RunFailed(
+            f"the trainer packs rows, and adapter `{adapter.name}` of the teacher `{folder}` cannot compute them"
+            if loader.packed
+            else f"the trainer pads rows, and adapter `{adapter.name}` of the teacher `{folder}` would pack them",
+            "`--set train.packing=padded`",
+        )
+    return Teacher(own.reference(), adapter)
 
 
 def _whole(loader: _Loader, split: Split) -> tuple[PolicyModel, Masters]:
@@ -124,6 +144,11 @@ class _Loader:
     def packed(self) -> bool:
         return backend.packing(self.recipe, self.adapter, self.ranks.device.type)[0] == "packed"
 
+    @property
+    def temperature(self) -> float:
+        """Of the probabilities that are trained: those of the draws, in supervised training the model's own."""
+        return self.recipe.rollout.temperature if self.recipe.sft is None else 1.0
+
     def load(self) -> tuple[torch.nn.Module, dict[str, WireTensor], list[torch.nn.Parameter]]:
         """The model, how its tensors travel, and the parameters that the engine holds in fp32: the trainer must not
         round those either."""
@@ -145,17 +170,17 @@ class _Loader:
     def policy(self, model: torch.nn.Module, split: Split, exact: Collection[torch.nn.Parameter]) -> PolicyModel:
         """What is trained, on its device."""
         blocks = self.adapter.block_classes(model)
-        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        policy = PolicyModel(model, temperature=self.temperature)
         recompute(policy, blocks, recomputed(self.recipe, split))
         shard(policy, blocks, self.ranks, exact=exact, sharding=self.ranks.sharding)
         return policy
 
     def reference(self) -> PolicyModel:
-        """The initial policy as it was published, without gradients."""
+        """The checkpoint as an engine holds it, without gradients: the initial policy, or a teacher."""
         model, wire, exact = self.load()
         ranks, blocks = self.ranks, self.adapter.block_classes(model)
         as_published(model, wire, exact, ranks)
-        policy = PolicyModel(model, temperature=self.recipe.rollout.temperature)
+        policy = PolicyModel(model, temperature=self.temperature)
         policy.requires_grad_(False)
         shard(policy, blocks, ranks, exact=exact)
         return policy

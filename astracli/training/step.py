@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from astracli.config.recipe import Recipe
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
-from astracli.rl.batch import Batch, MicroBatch, build_batch, micro_batches
+from astracli.rl.batch import Batch, MicroBatch, Row, arranged, build_batch, micro_batches
 from astracli.rl.losses import ClipLimits
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity
@@ -56,6 +57,8 @@ class Work:
     sums: Sums = field(default_factory=Sums)
     references: dict[int, Tensor] = field(default_factory=dict)
     """id of micro-batch -> the reference's log-probabilities [N]; empty without a reference."""
+    teachers: dict[int, Tensor] = field(default_factory=dict)
+    """id of micro-batch -> the teacher's log-probabilities [N]; empty without a teacher."""
     proximals: dict[int, Tensor] = field(default_factory=dict)
     """id of micro-batch -> log-probabilities [N] of the policy at the start of the step; empty without scoring."""
     limits: ClipLimits = field(init=False)
@@ -65,6 +68,14 @@ class Work:
     @property
     def micros(self) -> list[MicroBatch]:
         return [micro for minibatch in self.batch.minibatches for micro in minibatch]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model whose log-probabilities the algorithm needs; of any family."""
+
+    policy: PolicyModel
+    adapter: ModelAdapter
 
 
 @dataclass(eq=False)
@@ -81,6 +92,7 @@ class Trainer:
     reference_offload: CpuOffload | None = None
     adapters_off: Callable[[], AbstractContextManager[None]] | None = None
     """Makes the policy its own reference for a while: then there is no second model."""
+    teacher: Teacher | None = None
     pad_token: int = 0
     packed: bool = False
     bf16_engine: bool = False
@@ -93,6 +105,7 @@ class Trainer:
         """Rows leak because the recipe says so: the checks measure and do not stop."""
         self._noise_allows = 0.0
         self.first_step = True
+        self._teacher_offload: CpuOffload | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         """id of micro-batch -> what its forward pass gave, with its graph."""
 
@@ -106,14 +119,12 @@ class Trainer:
         timer = Timer(self.ranks.device)
         batch = self.divide(groups, step)
         timer.lap("batch_s")
-        first, self.first_step = self.first_step, False
-        metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
-        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
-            self.row_check.require(metrics)
+        metrics, first = self.check_rows(batch, step)
         timer.lap("check_s")
         stale_mean, stale_max = batch.staleness(version)
         work = Work(batch, version, timer)
         self._score_reference(work)
+        self._score_teacher(work)
         self._score(work, self._plan_scoring(work, first=first))
         timer.lap("score_s")
         if not work.first_measured:
@@ -140,30 +151,54 @@ class Trainer:
             if self.reference_offload is None:
                 self.reference_offload = CpuOffload(self.reference.parameters(), constant=True)
             self.reference_offload.to_host()
+        if self.teacher is not None:
+            if self._teacher_offload is None:
+                self._teacher_offload = CpuOffload(self.teacher.policy.parameters(), constant=True)
+            self._teacher_offload.to_host()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def to_device(self) -> None:
         """Take the device again after `to_host`."""
         self.masters.to_device()
+        if self._teacher_offload is not None:
+            self._teacher_offload.to_device()
 
     def divide(self, groups: Sequence[Group], step: int) -> Batch:
         """This rank's minibatches and micro-batches of a step's groups."""
-        return build_batch(
-            groups,
-            self.recipe,
-            step=step,
-            pad_token=self.pad_token,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            divide_rows=packing.micro_batches if self.packed else micro_batches,
-        )
+        return build_batch(groups, self.recipe, step=step, **self._share)
 
-    def forward(self, policy: PolicyModel, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference."""
-        return parity.logprobs(policy, self.adapter, micro, self.ranks.device)
+    def arrange(self, groups: Sequence[Group], rows: Sequence[Row], step: int) -> Batch:
+        """The same of rows that are made already."""
+        return arranged(list(groups), rows, self.recipe, step=step, **self._share)
+
+    @property
+    def _share(self) -> dict[str, Any]:
+        """How this rank gets its part of a batch."""
+        return {
+            "pad_token": self.pad_token,
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.world_size,
+            "divide_rows": packing.micro_batches if self.packed else micro_batches,
+        }
+
+    def forward(
+        self, policy: PolicyModel, micro: MicroBatch, target_N: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference. `target_N`: of these
+        tokens in the place of its own."""
+        return parity.logprobs(policy, self.adapter, micro, self.ranks.device, target_N)
 
     # checks
+
+    def check_rows(self, batch: Batch, step: int) -> tuple[dict[str, float], bool]:
+        """(figures of the check of rows, {} where none is due; whether this is the first step of the process). Raises
+        RunFailed when rows leak."""
+        first, self.first_step = self.first_step, False
+        metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
+        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
+            self.row_check.require(metrics)
+        return metrics, first
 
     def _check_rows(self, batch: Batch) -> dict[str, float]:
         """How far rows joined and rows alone differ. Raises RunFailed when they do, unless the recipe wants that."""
@@ -208,6 +243,16 @@ class Trainer:
         with moved_in():
             work.references = {id(micro): self.forward(reference, micro)[0] for micro in work.micros}
         free_gathered(reference)
+
+    @torch.no_grad()
+    def _score_teacher(self, work: Work) -> None:
+        if (teacher := self.teacher) is None:
+            return
+        device = self.ranks.device
+        work.teachers = {
+            id(micro): parity.logprobs(teacher.policy, teacher.adapter, micro, device)[0] for micro in work.micros
+        }
+        free_gathered(teacher.policy)
 
     def _plan_scoring(self, work: Work, *, first: bool) -> tuple[list[MicroBatch], set[int]]:
         """(the micro-batches to score, in their order; ids of those whose graph is kept for the first update)
@@ -261,6 +306,8 @@ class Trainer:
         sums.add("entropy", entropy_N)
         if reference_N is not None:
             sums.add("kl", self.algorithm.kl(logprob_N, reference_N))
+        if (teacher_N := work.teachers.get(id(micro))) is not None:
+            sums.add("teacher", logprob_N - teacher_N)
         own_M = np.flatnonzero(micro.version_N == work.version)  # counted here: a device would have to be waited for
         every = len(own_M) == len(log_ratio_N)
         sums.own.add(log_ratio_N if every else log_ratio_N.index_select(0, upload(own_M, self.ranks.device)))
@@ -284,7 +331,14 @@ class Trainer:
             if measure:
                 self._measure(work, micro, logprob_N.detach(), entropy_N)
             result, mismatched_N = objective.token_losses(
-                self.algorithm, micro, logprob_N, proximal_N, work.limits, version=work.version, cap=table.mismatch_cap
+                self.algorithm,
+                micro,
+                logprob_N,
+                proximal_N,
+                work.limits,
+                teacher_N=work.teachers.get(id(micro)),
+                version=work.version,
+                cap=table.mismatch_cap,
             )
             loss_N = result.loss_N
             if reference_N is not None:

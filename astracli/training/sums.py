@@ -22,7 +22,7 @@ from astracli.training.fsdp import Ranks
 class Sums:
     """Sums of one rank over its tokens, by name; on its device until they are read."""
 
-    NAMES = ("ratio", "entropy", "kl", "loss", "clipped", "capped", "mismatched")
+    NAMES = ("ratio", "entropy", "kl", "loss", "clipped", "capped", "mismatched", "teacher")
 
     def __init__(self) -> None:
         self.own = Agreement()
@@ -81,7 +81,7 @@ def figures(
     recipe: Recipe, ranks: Ranks, batch: Batch, sums: Sums, updates: int, *, referenced: bool
 ) -> dict[str, float]:
     """A step's metrics over all ranks. `referenced`: KL to a reference was measured. A collective."""
-    ratio, entropy, kl, loss, clipped, capped, mismatched = ranks.sum(sums.read())
+    ratio, entropy, kl, loss, clipped, capped, mismatched, teacher = ranks.sum(sums.read())
     tokens = batch.loss_tokens
     rewards = np.concatenate([g.rewards for g in batch.groups])
     per_row = np.array([row.advantage for row in batch.rows])
@@ -112,6 +112,8 @@ def figures(
         found |= batch.overlong()
     if referenced:
         found["kl"] = kl / tokens
+    if sums.has("teacher"):
+        found["teacher_kl"] = teacher / tokens
     if sums.noise is not None:
         found["parity_noise"] = sums.noise
     return found | sums.own.figures

@@ -85,7 +85,9 @@ class TimeSharing:
         deadline = time.monotonic() + limit
         for engine in self._config.engines:
             self._reporter.waiting(f"{engine.name} to reserve its part of the GPU")
-            while not answers(f"{engine.url}/model_info", self._config.token, timeout_s=HEALTH_TIMEOUT_S):
+            while not answers(
+                f"{engine.url}/model_info", engine.token or self._config.token, timeout_s=HEALTH_TIMEOUT_S
+            ):
                 if self._reporter.stop_requested.is_set():
                     return
                 if time.monotonic() > deadline:

@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace, name: Path) -> dict[str, Any]:
     ):
         config = RolloutConfig(
             name="rollout", run_dir=name, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
-            engine="sglang", threads=1, data_paths={"": None}, samples=None, gpu_leases=(),
+            engine="sglang", threads=1, data_paths={"": None}, samples=None, gpu_leases=(), generates=True,
             engines=(EngineAddress(name="engine0", url=url, stage_dir=stage),),
         )  # fmt: skip
         path = name / "rollout.json"

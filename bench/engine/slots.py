@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
         config = RolloutConfig(
             name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
-            engine=kind.name, threads=1, data_paths={"": None}, samples=None, gpu_leases=(),
+            engine=kind.name, threads=1, data_paths={"": None}, samples=None, gpu_leases=(), generates=True,
             engines=(EngineAddress(name="engine0", url=url, stage_dir=stage),),
         )  # fmt: skip
         marks: list[tuple[float, int]] = []

@@ -240,8 +240,10 @@ def changed_package(world: World, row: Row) -> Row:
     module = package / "astracli" / "training" / "loop.py"
     whole = module.read_text()
     module.write_text(whole.replace("def ", "daf ", 1))
-    row = world.judge(row, world.start(run, 2, env=env), (r"SyntaxError", r"`trainer`"))
+    row = world.judge(row, world.start(run, 2, env=env), (r"installed astracli is damaged",))
     module.write_text(whole)
+    if row.outcome == "finished":
+        row.problems.append("the broken module was not read: forked processes have it already, leave out --warm")
     return world.finish(run, row)
 
 

@@ -52,7 +52,7 @@ def join(*, wrapped: bool = False) -> fsdp.Ranks:
     return fsdp.join("cuda" if torch.cuda.is_available() else "cpu", wrapped=wrapped)
 
 
-def recipe(variant: Variant, tokens: int, group_size: int, algorithm: str = "m2po") -> Recipe:
+def recipe(variant: Variant, tokens: int, group_size: int, algorithm: str = "m2po", supervised: bool = False) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"path": "unused"},
@@ -69,6 +69,7 @@ def recipe(variant: Variant, tokens: int, group_size: int, algorithm: str = "m2p
                 "parity_tolerance": 1e9,  # no engine drew these samples
             },
             "algorithm": {"name": algorithm},
+            **({"sft": {}} if supervised else {}),
         }
     )
 
@@ -120,7 +121,8 @@ class Case:
         self.args, self.ranks, self.adapter = args, join(wrapped=wrapped), registry.get(args.adapter)
         self.config = shape_config(self.adapter, args.shape)
         self.shape: MemoryShape = self.adapter.memory_shape(self.config)
-        self.size = 4 if args.shape == "tiny" else 8
+        self.supervised = bool(getattr(args, "sft", False))
+        self.size = 1 if self.supervised else 4 if args.shape == "tiny" else 8
 
     def groups(self, step: int) -> list[Group]:
         """About the tokens that are asked for, of random samples under weight version `step`; half of every group is
@@ -141,8 +143,11 @@ class Case:
             result.append(Group(len(result), f"p{len(result)}", prompt, samples, problem="?", answer="!"))
         return result
 
+    def recipe(self, variant: Variant) -> Recipe:
+        return recipe(variant, self.args.tokens, max(2, self.size), supervised=self.supervised)
+
     def trainer(self, variant: Variant) -> Trainer:
-        chosen = recipe(variant, self.args.tokens, self.size)
+        chosen = self.recipe(variant)
         return build(self.adapter, self.config, variant, chosen, self.ranks)
 
 

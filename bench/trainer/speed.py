@@ -43,11 +43,12 @@ from astracli.plan.placement import Gpus, place
 from astracli.process.layout import Split
 from astracli.rl.types import Group
 from astracli.training.step import Trainer
+from astracli.training.supervised import train_on_examples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import GIB, machine, say, show
 
-from trainer.case import VARIANTS, Case, case_options, recipe, settle
+from trainer.case import VARIANTS, Case, case_options, settle
 
 
 def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float, int, int, dict[str, float]]:
@@ -55,7 +56,10 @@ def timed_step(trainer: Trainer, sample: list[Group], step: int) -> tuple[float,
     device = trainer.ranks.device
     settle(device)
     began = time.perf_counter()
-    result = trainer.train(sample, step, step)
+    if trainer.recipe.sft is None:
+        result = trainer.train(sample, step, step)
+    else:
+        result = train_on_examples(trainer, sample, step, None)
     settle(device)
     seconds = time.perf_counter() - began
     return seconds - scoring(result.metrics), sum(map(len, result.batch.rows)), result.batch.loss_tokens, result.metrics
@@ -164,7 +168,8 @@ def release() -> None:
 def main() -> None:
     parser = case_options(
         __doc__, steps={3: "timed, after two that are not"}, gpu_gib={float: "memory of the GPU to plan for"},
-        wrapped={False: "FSDP2 on a mesh of one"}, limit_s=560.0,
+        wrapped={False: "FSDP2 on a mesh of one"},
+        sft={False: "supervised training (`astra sft`) in the place of reinforcement learning"}, limit_s=560.0,
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--profile", choices=VARIANTS, help="no table: the kernels of one step of this variant")
@@ -178,8 +183,7 @@ def main() -> None:
         variant = VARIANTS[name]
         if args.gpu_gib:
             gpus = Gpus({0: int(args.gpu_gib * 2**30)}, trainer=[0])
-            chosen = recipe(variant, args.tokens, case.size)
-            variant = replace(variant, split=place(chosen, case.shape, gpus).split)
+            variant = replace(variant, split=place(case.recipe(variant), case.shape, gpus).split)
         return case.trainer(variant)
 
     if args.gpu_gib and device.type == "cuda":

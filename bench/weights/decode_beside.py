@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from astracli.engines.sglang import loader as sglang_loader
+from astracli.engines import loader as engine_loader
 from astracli.weights.format.manifest import TensorEntry
 from astracli.weights.publish.publisher import Publisher
 from astracli.weights.receive import apply
@@ -146,7 +146,7 @@ def mappings(rounds: int, folder: Path, free: float) -> list[dict[str, Any]]:
         for name, t in weights.items()
     ]
     model = Model(weights)
-    engine = sglang_loader.LoadedModel(model, folder)
+    engine = engine_loader.LoadedModel(model, folder)
     engine.place(entries)
     ways = {
         "mapping, anew": lambda: PlacementRecorder().record(model, entries),

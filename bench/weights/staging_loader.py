@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from astracli.engines.sglang import loader as sglang_loader
+from astracli.engines import loader as engine_loader
 from astracli.weights.receive.staging import Staging, Where
 
 
@@ -25,6 +25,6 @@ def file(model: Any, named_tensors: Iterable[Any] = ()) -> None:
 
 
 def _move(model: Any, where: Where) -> None:
-    engine = sglang_loader.loaded_models[model]
+    engine = engine_loader.loaded_models[model]
     engine.staging.free()
     engine.staging = Staging(where, engine._device, kept=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -15,8 +14,8 @@ from starlette.types import ASGIApp
 
 from astracli.engines.client import STAGED
 from astracli.engines.contract import GenResult, PauseMode
+from astracli.engines.http import disconnected, error, events, json_body
 from astracli.errors import UserError
-from astracli.process import intact
 from astracli.process.server import TokenGuard
 
 if TYPE_CHECKING:
@@ -32,11 +31,11 @@ def build_app(loaded: Sequence[EmbeddedEngine], token: str) -> ASGIApp:
     def route(path: str, method: str, handler: Handler) -> Route:
         async def endpoint(request: Request) -> Response:
             if not loaded:
-                return _error(503, "not ready: the model is being loaded")
+                return error(503, "not ready: the model is being loaded")
             try:
                 return await handler(loaded[0], request)
-            except UserError as error:
-                return _error(400, f"{error.message}; {error.hint}" if error.hint else error.message)
+            except UserError as refused:
+                return error(400, f"{refused.message}; {refused.hint}" if refused.hint else refused.message)
 
         return Route(path, endpoint, methods=[method])
 
@@ -51,22 +50,7 @@ def build_app(loaded: Sequence[EmbeddedEngine], token: str) -> ASGIApp:
             route("/update_weights_from_tensor", "POST", _update),
         ]
     )
-    return TokenGuard(app, token, _error(401, "the run's token is missing or wrong"))
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    raw = await request.body()
-    try:
-        body = json.loads(raw or b"{}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise UserError("the body must be a JSON object")
-    return body
+    return TokenGuard(app, token, error(401, "the run's token is missing or wrong"))
 
 
 async def _between_steps(engine: EmbeddedEngine, function: Callable[[], T]) -> T:
@@ -85,7 +69,7 @@ async def _info(engine: EmbeddedEngine, request: Request) -> Response:
 async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
     from astracli.engines.embedded.engine import NotServing
 
-    body = await _json(request)
+    body = await json_body(request)
     loop = asyncio.get_running_loop()
     ended: asyncio.Queue[tuple[int, GenResult]] = asyncio.Queue()
 
@@ -94,11 +78,11 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
 
     try:
         rids = engine.generate(body, deliver)
-    except NotServing as error:
-        return _error(503, f"not serving: {error}")
+    except NotServing as reason:
+        return error(503, f"not serving: {reason}")
     answers = _answers(engine, request, rids, ended)
     if body.get("stream"):
-        return StreamingResponse(_events(answers), media_type="text/event-stream")
+        return StreamingResponse(events(answers), media_type="text/event-stream")
     found = {place: answer async for place, answer in answers}
     if len(found) < len(rids):
         return Response(status_code=499)
@@ -110,7 +94,7 @@ async def _answers(
     engine: EmbeddedEngine, request: Request, rids: list[str], ended: asyncio.Queue[tuple[int, GenResult]]
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     """Each request's place and answer when it ends. Of a client that hangs up, what is left is aborted."""
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(disconnected(request))
     left = len(rids)
     try:
         while left:
@@ -126,19 +110,6 @@ async def _answers(
         gone.cancel()
         if left:
             engine.scheduler.call(lambda: engine.scheduler.abort(rids))
-
-
-async def _events(answers: AsyncIterator[tuple[int, dict[str, Any]]]) -> AsyncIterator[str]:
-    async for place, answer in answers:
-        line = f"data: {json.dumps(answer | {'index': place})}"
-        yield f"id: {intact.digest(line.encode())}\n{line}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-async def _disconnected(request: Request) -> None:
-    """Returns when the client has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _answer(completion: GenResult) -> dict[str, Any]:
@@ -158,13 +129,13 @@ def _answer(completion: GenResult) -> dict[str, Any]:
 
 
 async def _abort(engine: EmbeddedEngine, request: Request) -> Response:
-    if not (await _json(request)).get("abort_all"):
+    if not (await json_body(request)).get("abort_all"):
         raise UserError("abort_request needs `abort_all`")
     return JSONResponse({"aborted": await _between_steps(engine, engine.scheduler.abort)})
 
 
 async def _pause(engine: EmbeddedEngine, request: Request) -> Response:
-    mode = (await _json(request)).get("mode", "abort")
+    mode = (await json_body(request)).get("mode", "abort")
     if mode not in get_args(PauseMode):
         raise UserError(f"pause mode {mode!r} is not one of {', '.join(get_args(PauseMode))}")
     await _between_steps(engine, lambda: engine.scheduler.pause(mode))
@@ -177,7 +148,7 @@ async def _continue(engine: EmbeddedEngine, request: Request) -> Response:
 
 
 async def _update(engine: EmbeddedEngine, request: Request) -> Response:
-    body = await _json(request)
+    body = await json_body(request)
     if body.get("load_format") != STAGED:
         raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`: an update applies what is staged")
     try:

@@ -31,9 +31,9 @@ from astracli.engines.contract import UNPROVEN, Ended, GenRequest, GenResult, Up
 from astracli.errors import RunFailed
 from astracli.process.http import Reply
 
-STAGED_LOADER = "astracli.engines.sglang.loader.apply_staged"
+STAGED_LOADER = "astracli.engines.loader.apply_staged"
 """`load_format` of an update that applies what is staged beside the engine."""
-SETTLE_LOADER = "astracli.engines.sglang.loader.settle"
+SETTLE_LOADER = "astracli.engines.loader.settle"
 """`load_format` of an update that changes nothing and waits for whatever still reads the weights."""
 NO_TENSORS = [base64.b64encode(pickle.dumps([])).decode()]
 """An empty tensor list as SGLang wants it: one pickled list per tensor-parallel rank."""

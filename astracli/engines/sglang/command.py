@@ -78,6 +78,8 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
         "cuda_graph_bs_decode" if options.has("cuda_graph_bs_decode") else "cuda_graph_bs": graph_sizes(slots),
         **flags,
     }
+    if rollout.stop:
+        settings["tokenizer_path"] = config.model_path  # `model` has no tokenizer
     if config.device == "cpu":
         settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
         del settings["disable_prefill_cuda_graph"]

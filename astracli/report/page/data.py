@@ -16,7 +16,7 @@ from astracli.evaluation.passk import interval
 from astracli.process.atomic import write_atomic
 from astracli.report import run_files
 from astracli.report.live import judged
-from astracli.runs import metrics
+from astracli.runs import documents, metrics
 from astracli.runs.metrics import Record
 from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir
@@ -69,7 +69,7 @@ def document(run: RunDir) -> dict[str, Any]:
         "wall": summary.get("phases_s") or {},
         "weights": weight_updates(records),
         "transfer": summary.get("weights") or {},
-        "recipe": json.loads(run.recipe_json.read_text()),
+        "recipe": documents.document(run.recipe_json),
         "machine": machine_rows(run),
     }
 
@@ -234,7 +234,7 @@ def machine_rows(run: RunDir) -> list[list[str]]:
     path: Path = run.path / MACHINE_FILE
     if not path.is_file():
         return [["machine", "not recorded by this run"]]
-    facts = json.loads(path.read_text())
+    facts = documents.document(path)
     rows = [[key, _text(value)] for key, value in facts["system"].items() if value is not None]
     rows.append(["python", facts["python"]["version"]])
     rows += [[f"GPU {gpu.get('index', i)}", _text(gpu)] for i, gpu in enumerate(facts["gpus"])]

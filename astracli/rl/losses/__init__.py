@@ -116,6 +116,8 @@ class Tokens:
     proximal_N: Tensor
     sequence_N: Tensor
     """int64: 0 .. R - 1, ascending; a sequence is never split."""
+    teacher_N: Tensor | None = None
+    """A teacher's, for an algorithm that has one."""
 
     @property
     def log_ratio_N(self) -> Tensor:

@@ -8,6 +8,7 @@ GET /weights/{version}/{file}   a file that STABLE lists, or STABLE; `Range` is 
 from __future__ import annotations
 
 import secrets
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +56,13 @@ def weights_app(directory: Path) -> Starlette:
 
     store = {"directory": str(directory.resolve()), "nonce": secrets.token_hex(16)}
     written: list[str] = []
+    writing = threading.Lock()  # requests are answered in threads
 
     def index(request: Request) -> Response:
-        if not written and directory.is_dir():
-            write_atomic(directory / NONCE, store["nonce"].encode())
-            written.append(NONCE)
+        with writing:
+            if not written and directory.is_dir():
+                write_atomic(directory / NONCE, store["nonce"].encode())
+                written.append(NONCE)
         return JSONResponse(listing(directory) | {"store": store})
 
     def file(request: Request) -> Response:

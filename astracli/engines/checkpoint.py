@@ -1,6 +1,6 @@
-"""The directory that SGLang is started on: the text model's config.json, and its weights when it is to load them.
+"""The directory that a foreign engine is started on: the text model's config.json, and its weights if it loads them.
 
-SGLang serves the text model alone, whatever layout the checkpoint has: some of its releases build an image processor
+The text model alone is served, whatever layout the checkpoint has: some engines build an image processor
 for a multimodal checkpoint, and a text server that meets names it does not know loads nothing and answers success.
 """
 
@@ -14,7 +14,7 @@ from astracli.models.adapter import SHARD_INDEX, ModelAdapter, read_config
 
 
 def prepare(out: Path, checkpoint: Path, adapter: ModelAdapter, *, weights: bool) -> Path:
-    """Make `out` what SGLang's `--model-path` takes; returns it.
+    """Make `out` a model directory of the text model; returns it.
 
     `weights`: False leaves them out (the engine starts from made-up ones and gets every version over the wire). Files
     whose tensors already carry wire names are linked, others are written again, text tensors only, a shard at a time.

@@ -1,5 +1,4 @@
-"""Weight loader that runs inside SGLang: `--custom-weight-loader astracli.engines.sglang.loader.apply_staged
-astracli.engines.sglang.loader.settle`.
+"""Weight loader that runs inside a foreign engine's process, which calls `apply_staged` and `settle`.
 
 The engine's own `load_weights` knows how HF tensors are fused and where each part goes. It is run once with tensors
 whose content nobody reads, while `copy_` and slice assignment are intercepted (`placement.py`): that yields, for every

@@ -1,0 +1,3 @@
+"""Where vLLM finds the extension of its worker. Apart from it: its module imports torch."""
+
+QUALNAME = "astracli.engines.vllm.worker.AstraWorker"

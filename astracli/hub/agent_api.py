@@ -1,0 +1,154 @@
+"""The hub's routes for agents, and what an agent's token is good for.
+
+POST /agent/join      with the ticket: facts, versions and address of its host in, a token of its own out
+POST /agent/orders    what it is to do, a long poll
+POST /agent/report    what its processes do, and what they wrote
+POST /agent/leave     it ends
+GET  /agent/input/N   a file that processes read before they start: of the model, or problems
+
+An agent passes on what its processes ask the hub, under its own token: leases, groups, heartbeats, versions. It may not
+ask for batches or announce versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from astracli.hub.agent_types import ProcessNews
+from astracli.hub.agents import AGENT, TICKET, Agents
+from astracli.hub.polls import Poll
+from astracli.hub.types import BadRequest
+from astracli.hub.wire import called_with_body, pack_answer
+from astracli.process.server import CLOSE, HOLDER
+
+FOR_PROCESSES = (
+    "/lease", "/lease/renew", "/lease/return", "/lease/release", "/skip", "/group", "/engine/target", "/engine/slots",
+    "/engine/state", "/status", "/metrics",
+)  # fmt: skip
+"""What the processes of an agent's host ask."""
+LARGEST = 1 << 28
+"""Bytes of the largest request that an agent may send: a group of long completions is a few megabytes."""
+LARGEST_OWN = 8 << 20
+"""Of one that it makes itself: facts, reports."""
+
+
+def may(holder: str | None, path: str) -> bool:
+    """Whether the holder of a token may ask for this path. None: the run's own processes, which may all but speak for
+    an agent."""
+    if holder is None:
+        return not path.startswith("/agent/")
+    if holder.startswith(TICKET):
+        return path == "/agent/join"
+    return path in FOR_PROCESSES or (path.startswith(("/agent/", "/weights")) and path != "/agent/join")
+
+
+class Limited:
+    """ASGI middleware: each token opens its own routes, and an agent's requests have a largest size."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        holder, path = scope.get(HOLDER), scope["path"]
+        if not may(holder, path):
+            await _refuse(403, "this token is not for that")(scope, receive, send)
+            return
+        if holder is None:
+            await self._app(scope, receive, send)
+            return
+        limit, seen = LARGEST_OWN if path.startswith("/agent/") else LARGEST, 0
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > limit:
+            await _refuse(413, f"the request is larger than {limit} bytes")(scope, receive, send)
+            return
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                return {"type": "http.disconnect"}
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _refuse(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message, "hint": None}, status, {"connection": CLOSE})
+
+
+Answer = Callable[[Request, Poll[Any]], Awaitable[Any]]
+
+
+def routes(agents: Agents, wait: Answer, inputs: Callable[[str], Path | None]) -> list[Route]:
+    """`wait`: how a long poll is answered. `inputs`: the file of a name, None for any other."""
+
+    def join(
+        ident: str,
+        address: str,
+        ports: list[int],
+        versions: dict[str, str],
+        facts: dict[str, Any],
+        name: str | None = None,
+    ) -> dict[str, Any]:
+        said = {"ident": ident, "address": address, "ports": ports, "versions": versions, "facts": facts}
+        return said | {"name": name}
+
+    def orders(done: int, wait_s: float = 0.0) -> dict[str, Any]:
+        return {"done": done, "wait_s": wait_s}
+
+    def report(processes: list[dict[str, Any]], usage: dict[str, list[int]], memory: dict[str, Any]) -> dict[str, Any]:
+        pairs = {name: (int(pair[0]), int(pair[1])) for name, pair in usage.items() if len(pair) == 2}
+        try:
+            news = TypeAdapter(list[ProcessNews]).validate_python(processes)
+        except ValidationError as error:
+            raise BadRequest(f"no news of processes: {error.errors(include_url=False)[0]['msg']}") from None
+        return {"processes": news, "usage": pairs, "memory": memory}
+
+    def leave(reason: str) -> dict[str, Any]:
+        return {"reason": reason}
+
+    def host(request: Request) -> str:
+        return str(request.scope[HOLDER]).removeprefix(TICKET).removeprefix(AGENT)
+
+    def asks(request: Request, ticket: str) -> Callable[[dict[str, Any]], Any]:
+        me = host(request)
+        return {
+            "/agent/join": lambda said: agents.join(me, ticket, **said),
+            "/agent/orders": lambda said: Poll(
+                said["wait_s"], lambda: agents.orders(me, said["done"]), lambda reply: bool(reply.orders)
+            ),
+            "/agent/report": lambda said: agents.report(me, **said),
+            "/agent/leave": lambda said: agents.leave(me, **said),
+        }[request.url.path]
+
+    def route(path: str, read: Callable[..., dict[str, Any]]) -> Route:
+        checked = called_with_body(read)
+
+        async def answer(request: Request) -> Response:
+            ticket = request.headers.get("authorization", "").removeprefix("Bearer ")
+            reply = asks(request, ticket)(checked(await request.body()))
+            body, media_type = pack_answer(await wait(request, reply) if isinstance(reply, Poll) else reply)
+            return Response(body, media_type=media_type)
+
+        return Route(path, answer, methods=["POST"])
+
+    async def file(request: Request) -> Response:
+        path = inputs(request.path_params["name"])
+        return _refuse(404, "there is no such file") if path is None else FileResponse(path)
+
+    named: dict[str, Callable[..., dict[str, Any]]] = {
+        "/agent/join": join,
+        "/agent/orders": orders,
+        "/agent/report": report,
+        "/agent/leave": leave,
+    }
+    return [*(route(path, read) for path, read in named.items()), Route("/agent/input/{name}", file)]

@@ -1,0 +1,3 @@
+from vllm.sampling_params import SamplingParams
+
+__all__ = ["SamplingParams"]

@@ -1,0 +1,166 @@
+"""vLLM's server and the process that watches it: real processes, a stand-in for vLLM itself (tests/fake_vllm)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import configs
+import httpx
+import pytest
+from staged_tools import chain, delta, restage, stage, wait_for
+from test_engine_sglang import is_ready, model_dir, until
+from test_workers_common import TOKEN, FakeHub, hub
+
+from astracli.engines.client import EngineClient
+from astracli.engines.contract import GenRequest
+from astracli.engines.vllm.server import engine_arguments, logprobs_mode
+from astracli.errors import RunFailed
+from astracli.process.config import EngineConfig
+from astracli.process.ports import free_ports
+
+__all__ = ["hub"]
+
+FAKE = f"{Path(__file__).parent / 'fake_vllm'}{os.pathsep}{Path(__file__).parent}"
+
+
+def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) -> EngineConfig:
+    (port,) = free_ports(1, "127.0.0.1")
+    config = configs.engine(run_dir=tmp_path, hub_url=hub.url, token=TOKEN, name="engine0")
+    env = {"PYTHONPATH": FAKE, "FAKE_VLLM": mode}
+    engine = config.recipe.resources.engine.model_copy(update={"env": env})
+    resources = config.recipe.resources.model_copy(update={"engine": engine})
+    launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 60.0})
+    weights = config.recipe.weights.model_copy(update={"verify_interval": 1})
+    recipe = config.recipe.model_copy(update={"resources": resources, "launch": launch, "weights": weights})
+    told = {
+        "recipe": recipe, "model_path": model_dir(tmp_path), "engine": "vllm", "serving_attention": "auto",
+        "linear_attention": "none", "port": port, "stage_dir": tmp_path / "stage", "published": True,
+        "staging": "host", "time_sharing": True,
+    }  # fmt: skip
+    return config.model_copy(update=told | changes)
+
+
+@contextmanager
+def process(config: EngineConfig) -> Iterator[subprocess.Popen[str]]:
+    path = config.run_dir / "engine0.json"
+    path.write_text(config.model_dump_json())
+    (config.run_dir / "config").mkdir(exist_ok=True)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "astracli.engines.vllm.server", str(path)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+def request(rid: str, tokens: int, **more: Any) -> GenRequest:
+    return GenRequest([1, 2, 3], tokens, rid=rid, **more)
+
+
+async def conversation(config: EngineConfig, where: Path, root: Path) -> None:
+    async with EngineClient(f"http://127.0.0.1:{config.port}", TOKEN) as client:
+        before = await client.model_info()
+        assert (before["weight_version"], before["serving"]) == ("-1", False)
+        early = asyncio.create_task(client.generate([request("early", 2)]))  # waits for the first weights
+        await asyncio.sleep(0.2)
+        assert not early.done()
+
+        first = await client.update(0, "abort", flush=True)
+        assert first.success and first.outcome["kind"] == "full" and first.outcome["readback"]
+        assert json.loads(wait_for(where / "readback.json"))["ok"]
+        (result,) = await early
+        assert (result.tokens.tolist(), result.logprobs.tolist(), result.version) == ([5, 5], [-0.5, -0.5], 0)
+
+        ended: list[int] = []
+        asked = [request("long", 9), request("stops", 9, stop_token_ids=(5,)), request("short", 1)]
+        results = await client.generate(asked, lambda place, _: ended.append(place))
+        assert [len(one.tokens) for one in results] == [9, 1, 1] and ended[-1] == 0
+        assert [one.finish_reason for one in results] == ["length", "stop", "length"]
+
+        for version, mode in ((1, "in_place"), (2, "retract"), (3, "abort")):
+            under_way = asyncio.create_task(client.generate([request(f"kept{version}", 200)]))
+            await asyncio.sleep(0.1)
+            restage(root, [delta(version)])
+            reply = await client.update(version, mode, flush=mode == "abort")  # type: ignore[arg-type]
+            assert reply.success and reply.outcome["kind"] == "delta" and reply.outcome["pause_s"] > 0
+            assert json.loads(wait_for(where / "readback.json"))["ok"]
+            (kept,) = await under_way
+            if mode == "abort":
+                assert kept.finish_reason == "abort" and 0 < len(kept.tokens) < 200 and kept.version == version - 1
+            else:
+                assert (len(kept.tokens), kept.version_start, kept.version) == (200, version - 1, version)
+
+        await client.pause()
+        held = asyncio.create_task(client.generate([request("held", 1)]))
+        await asyncio.sleep(0.1)
+        assert not held.done(), "a pause holds new requests"
+        await client.resume()
+        assert (await held)[0].finish_reason == "length"
+
+        await client.pause()
+        await client.release_memory()
+        await client.resume_memory()
+        assert (await client.model_info())["paused"], "waking does not end a pause"
+        await client.resume()
+
+        restage(root, [delta(5)])  # a delta of version 4, which the engine does not hold
+        wrong = await client.update(5, "in_place", flush=False)
+        assert not wrong.success and "changes version 4" in wrong.message
+        assert not (await client.model_info())["serving"]
+        await client.resume()
+        restage(root, ["v000005/manifest.full.json"])
+        assert (await client.update(5, "abort", flush=True)).success
+
+        with pytest.raises(RunFailed, match="longer than the maximum"):
+            await client.generate([GenRequest([1] * 300_000, 1, rid="huge")])
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}) as plain:
+            assert (await plain.post(f"{client.url}/unknown", json={})).status_code == 404
+
+
+def test_a_server_is_used_from_its_first_weights_to_its_last(tmp_path: Path, hub: FakeHub) -> None:
+    config = engine_config(tmp_path, hub)
+    where = stage(tmp_path, chain(6), ["v000000/manifest.full.json"], transfer="delta", full_interval=5)
+    with process(config) as watcher:
+        try:
+            until(lambda: is_ready(hub) or watcher.poll() is not None, 90)
+            asyncio.run(conversation(config, where, tmp_path))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(watcher.pid, signal.SIGTERM)
+            output, _ = watcher.communicate(timeout=60)
+            print(output)
+    assert TOKEN not in output
+
+
+@pytest.mark.parametrize(("mode", "words"), [("oom", "GPU ran out of memory"), ("late", "GPU reported an error")])
+def test_the_end_of_a_server_is_explained(tmp_path: Path, hub: FakeHub, mode: str, words: str) -> None:
+    with process(engine_config(tmp_path, hub, mode)) as watcher:
+        output, _ = watcher.communicate(timeout=90)
+    assert watcher.returncode == 1 and "error: engine0 ended with" in output and words in output
+
+
+def test_arguments(tmp_path: Path, hub: FakeHub) -> None:
+    config = engine_config(tmp_path, hub)
+    found = engine_arguments(config, Path("/m"), hybrid=False)
+    assert (found["load_format"], found["skip_tokenizer_init"], found["enable_sleep_mode"]) == ("dummy", True, True)
+    assert "attention_backend" not in found and TOKEN not in json.dumps(found)
+    assert not engine_arguments(config, Path("/m"), hybrid=True)["enable_prefix_caching"]
+    for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
+        weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
+        asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
+        assert engine_arguments(asked, Path("/m"), hybrid=False)["enable_prefix_caching"] == cached
+    assert (logprobs_mode(1.0), logprobs_mode(0.6)) == ("raw_logprobs", "processed_logprobs")

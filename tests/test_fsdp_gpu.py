@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from training_tools import save_model, spawn
 
-from astracli.config.recipe import Sharding
+from astracli.config.recipe_train import Sharding
 from astracli.weights.format import digest
 from astracli.weights.format.manifest import Manifest
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_tools import make_trainer, recipe, save_model, spawn, uneven_groups
 
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.config.recipe import Sharding
+from astracli.config.recipe_train import Sharding
 from astracli.training import checkpoint
 from astracli.training.fsdp import Ranks, join, shard
 from astracli.training.logprob import PolicyModel
@@ -30,7 +30,7 @@ from test_fsdp_two_ranks import NAMES
 from training_tools import make_trainer, recipe, uneven_groups
 from typing import get_args
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-from astracli.config.recipe import Sharding
+from astracli.config.recipe_train import Sharding
 from astracli.training import checkpoint, fsdp, sharded_optimizer
 from astracli.weights.publish.publisher import Publisher
 

@@ -12,7 +12,7 @@ from test_plan import load, memory_warnings, planned
 
 from astracli.adapters import llama, qwen3, qwen3_5
 from astracli.adapters.qwen3_5_sizes import text_shapes
-from astracli.config.recipe import Sharding
+from astracli.config.recipe_train import Sharding
 from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
 from astracli.machine.memory import Component, words

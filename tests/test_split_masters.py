@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from astracli.config.recipe import TrainTable
+from astracli.config.recipe_train import TrainTable
 from astracli.process.layout import BUCKETS_IN_FLIGHT
 from astracli.training import adam
 from astracli.training.adam import Adam, on_host

@@ -14,7 +14,7 @@ import torch
 from training_tools import make_trainer, recipe, sample_groups, save_model
 
 from astracli.adapters.qwen3_5 import ADAPTER
-from astracli.config.recipe import TrainTable
+from astracli.config.recipe_train import TrainTable
 from astracli.errors import RunFailed
 from astracli.rl.types import Group, Segment
 from astracli.training import parity

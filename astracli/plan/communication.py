@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
-from astracli.config.recipe import Sharding
+from astracli.config.recipe_train import Sharding
 from astracli.machine.facts import Gpu, PeerLink
 
 WEIGHT, GRADIENT = 2, 4

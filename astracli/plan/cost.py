@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from astracli.config.recipe import RECOMPUTED_BLOCKS, Recipe
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_train import RECOMPUTED_BLOCKS
 from astracli.engines import registry as engines
 from astracli.machine.facts import Gpu, PeerLink
 from astracli.models.adapter import MemoryShape

@@ -8,7 +8,8 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from astracli.config.recipe import Recipe, Recomputed, Sharding
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_train import Recomputed, Sharding
 from astracli.machine.memory import words
 from astracli.plan.communication import DIVIDED
 from astracli.plan.cost import TrainerLoad

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from astracli.config.recipe import Recipe, Sharding
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_train import Sharding
 from astracli.engines import registry as engines
 from astracli.machine.memory import Component, MemoryRow, safe, words
 from astracli.models.adapter import MemoryShape

@@ -15,7 +15,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import ceil
 
-from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed
+from astracli.config.recipe_train import RECOMPUTED_BLOCKS, Recomputed
 from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, Component, MemoryRow
 from astracli.models.adapter import MemoryShape
 from astracli.plan.cost import TrainerLoad

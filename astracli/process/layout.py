@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from astracli.config.recipe import Recipe, Recomputed, Sharding
+from astracli.config.recipe import Recipe
+from astracli.config.recipe_train import Recomputed, Sharding
 
 Where = Literal["gpu", "host"]
 Staging = Literal["gpu", "host", "file"]

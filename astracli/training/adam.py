@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from astracli.config.recipe import TrainTable
+from astracli.config.recipe_train import TrainTable
 from astracli.process.layout import BUCKET_BYTES
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.overlapped_offload import OverlappedOffload

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from astracli.config.recipe import RECOMPUTED_BLOCKS, Recomputed, Sharding
+from astracli.config.recipe_train import RECOMPUTED_BLOCKS, Recomputed, Sharding
 from astracli.errors import UserError
 from astracli.process import ports
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from astracli.config.recipe import TrainTable
+from astracli.config.recipe_train import TrainTable
 from astracli.models.adapter import WireTensor
 from astracli.training.fsdp import Ranks, local
 from astracli.training.gradients import Gradients

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from astracli.config.recipe import TrainTable
+from astracli.config.recipe_train import TrainTable
 from astracli.errors import RunFailed
 from astracli.models.adapter import WireTensor
 from astracli.training.adam import Adam, learning_rate

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import torch
 
-from astracli.config.recipe import Sharding
+from astracli.config.recipe_train import Sharding
 from astracli.machine import read
 from astracli.plan import cost
 from astracli.plan.cost import TrainerLoad

@@ -286,7 +286,7 @@ def test_eval_alone_takes_the_newest_run_with_an_export(astra: Astra, launch: La
     for words in (("eval", "--engine", "sglang"), ("eval", TINY, "--engine", "sglang")):
         astra(*words)
         assert launch.asked["recipe"].rollout.engine == "sglang"
-    ran = astra("eval", "--engine", "vllm")
+    ran = astra("eval", "--engine", "tgi")
     assert ran.code == 2 and "rollout.engine" in ran.err
 
 

@@ -73,6 +73,15 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def locked(descriptor: int) -> bool:
+    """Whether this process has the lock of a file now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def spec(home: Path, module: str, code: str, *arguments: str, **more: Any) -> ChildSpec:
     (home / f"{module}.py").write_text(textwrap.dedent(code))
     return ChildSpec(module, (sys.executable, "-m", module, *arguments), home / f"{module}.log", **more)
@@ -127,7 +136,7 @@ def test_the_lock_that_it_inherits_lasts_as_long_as_it_does(home: Path, server: 
         fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.kill(child.pid, signal.SIGKILL)
     assert child.exit_code() == -9
-    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nor does the server hold it
+    wait_for(lambda: locked(again))  # nor does the server hold it
     os.close(again)
 
 

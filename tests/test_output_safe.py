@@ -97,6 +97,7 @@ def test_a_cell_that_a_spreadsheet_would_execute_is_text(tmp_path: Path) -> None
 def test_a_run_finds_its_benchmark_again(tmp_path: Path) -> None:
     home = RunDir(tmp_path)
     home.eval.mkdir()
-    columns = ("step", "benchmark", "avg_at_n")
-    home.eval_csv.write_text(tables.text_of(columns, [dict(zip(columns, (0, "=evil", 0.5), strict=True))]))
+    row = {"step": 0, "version": 0, "benchmark": "=evil", "items": 1, "n": 1, "avg_at_n": 0.5, "stderr": 0.0, "k": 1}
+    row |= {"pass_at_k": 0.5, "due_step": 0}
+    home.eval_csv.write_text(tables.text_of(tuple(row), [row]))
     assert list(run_files.eval_rows(home)) == ["=evil"]

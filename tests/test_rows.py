@@ -170,7 +170,8 @@ def test_killed_and_resumed_every_prompt_is_asked_once_an_epoch(tmp_path: Path, 
 
 def test_a_resume_refuses_other_problems(tmp_path: Path) -> None:
     rows = made(5)
-    recipe: Any = SimpleNamespace(training_data=DataTable(source=str(jsonl(tmp_path, rows))))
+    data = DataTable(source=str(jsonl(tmp_path, rows)))
+    recipe: Any = SimpleNamespace(data=data, training_data=data)
     run = runs.create("r", tmp_path / "run")
     problem_files.pin(run, recipe, {"": Path(recipe.data.source)})
     assert json.loads((run.path / "data.json").read_text())["rows"] == 5

@@ -17,8 +17,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
-    "test_faults.py", "test_end_to_end.py", "test_howto.py", "test_single_rank.py", "test_evaluate_worker.py",
-    "test_jobs.py",
+    "test_faults.py", "test_end_to_end.py", "test_howto.py", "test_sft.py", "test_tools_end_to_end.py",
+    "test_single_rank.py", "test_evaluate_worker.py", "test_agents.py", "test_lora_run.py", "test_jobs.py",
     "test_weights_bench.py", "test_plugins.py", "test_doctor_probes.py", "test_reward_pool.py", "test_envs.py",
     "test_train_resume.py", "test_weights_changes.py", "test_docs.py", "test_checkpoint.py", "test_time_sharing.py",
     "test_engine_sglang.py", "test_gpu_bench.py", "test_workers_common.py", "test_supervise.py", "test_tiny_model.py",

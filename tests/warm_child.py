@@ -13,12 +13,16 @@ from collections.abc import Mapping, Sequence
 from astracli.process import fork_server, forking
 
 
-def fork_server_here(modules: Sequence[str], env: Mapping[str, str], link: int, said: int) -> forking.Forked:
+def fork_server_here(
+    modules: Sequence[str], env: Mapping[str, str], link: int, said: int, close: Sequence[int] = ()
+) -> forking.Forked:
     """`forking.start`, without a new interpreter."""
     pid = os.fork()
     if pid:
         return forking.Forked(pid)
     os.setsid()
+    for handle in close:
+        os.close(handle)
     for target in (1, 2):
         os.dup2(said, target)
     os.environ.clear()

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 PRELOAD = (
     *forks.COMMON, *(name for names in forks.PRELOAD.values() for name in names), "torch.distributed.fsdp", "triton",
     "astracli.engines.embedded.engine", "astracli.engines.embedded.http", "astracli.process.server", "warm_child",
+    "transformers.models.qwen3_5.modeling_qwen3_5",
 )  # fmt: skip
 _servers: list[ForkServer] = []
 Child = subprocess.Popen[bytes] | Forked

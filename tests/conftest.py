@@ -26,11 +26,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Dozens of Pythons start here: each would compile the package again, and every worker all of the tests.
 
 LONGEST = (
-    "test_faults.py", "test_end_to_end.py", "test_howto.py", "test_sft.py", "test_tools_end_to_end.py",
-    "test_single_rank.py", "test_evaluate_worker.py", "test_agents.py", "test_lora_run.py", "test_jobs.py",
-    "test_weights_bench.py", "test_plugins.py", "test_doctor_probes.py", "test_reward_pool.py", "test_envs.py",
-    "test_train_resume.py", "test_weights_changes.py", "test_docs.py", "test_checkpoint.py", "test_time_sharing.py",
-    "test_engine_sglang.py", "test_gpu_bench.py", "test_workers_common.py", "test_supervise.py", "test_tiny_model.py",
+    "test_faults.py", "test_end_to_end.py", "test_tools_end_to_end.py", "test_single_rank.py", "test_howto.py",
+    "test_plugins.py", "test_evaluate_worker.py", "test_agents.py", "test_envs.py", "test_train_resume.py",
+    "test_jobs.py", "test_weights_bench.py", "test_reward_pool.py", "test_sft_run.py", "test_engine_vllm.py",
+    "test_weights_changes.py", "test_doctor_probes.py", "test_docs.py", "test_engine_slots.py",
+    "test_gpu_bench.py", "test_engine_sglang.py", "test_reward.py", "test_grading.py", "test_fetch.py",
+    "test_checkpoint.py", "test_eval_simulation.py", "test_make_small.py", "test_cpu_offload.py",
+    "test_time_sharing.py", "test_supervise.py", "test_tiny_model.py",
 )  # fmt: skip
 """Begun first when workers share the suite: a long file that starts last leaves the other worker with nothing to do."""
 

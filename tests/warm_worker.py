@@ -3,7 +3,6 @@ torch and transformers: `fork_workers` in the process that divides the tests, `m
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sys
@@ -49,7 +48,6 @@ def main(read: int, write: int) -> None:
         os.dup2(handle, place)
         os.close(handle)
     exec(eval(sys.stdin.readline()), {"__name__": "__main__"})
-    atexit._run_exitfuncs()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class EmbeddedEngine:
         model, wire = load(path)
         if device == "cpu":
             kernels.install(model, convolution=not exclusive_calls)  # deterministic runs keep the bytes that they had
-            linear.install(model)
+            linear.install(model, measured=not exclusive_calls)
         self.path = path
         self._context_length = context_length
         self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None

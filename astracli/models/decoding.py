@@ -1,4 +1,4 @@
-"""How a model of a family decodes on a CPU in the embedded engine, where transformers' own forward is slow
+"""How a model of a family decodes on a CPU in an engine in plain torch, where transformers' own forward is slow
 (`ModelAdapter.decoding`).
 
 Shape letters: N rows, B prompts, L their padded length, V vocabulary, S slots, G key and value heads, D size of a head,

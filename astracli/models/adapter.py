@@ -125,8 +125,8 @@ class ModelAdapter:
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
     decoding: Callable[[Any], Decoding | None] | None = None
-    """A loaded model -> how it decodes on a CPU in fp32, for an engine in plain torch; None for a model that it does not
-    compute, or for every one: transformers' own forward decodes."""
+    """A loaded model -> how it decodes on a CPU in fp32, for an engine in plain torch; None for a model that it does
+    not compute, or for every one: transformers' own forward decodes."""
     prepare_gpu: Callable[[Any], None] | None = None
     """Make a loaded model quick to train on a GPU (fused kernels, the same function); None = nothing to do."""
     keep_fp32: tuple[str, ...] = ()

@@ -121,8 +121,9 @@ def _safe(name: str) -> bool:
 
 def _quickest(content: Any) -> dict[str, Any] | None:
     """Triton's file with one configuration; None for something else. A time is a number, or those of several runs."""
-    times = content.get("configs_timings") if isinstance(content, dict) else None
-    whole = isinstance(times, list) and times and all(isinstance(t, list) and len(t) == 2 for t in times)
-    if not whole or not all(isinstance(t[0], dict) for t in times):
+    times: Any = content.get("configs_timings") if isinstance(content, dict) else None
+    if not isinstance(times, list) or not times:
         return None
-    return {"key": content.get("key"), "configs_timings": [min(times, key=lambda t: t[1])]}
+    if not all(isinstance(time, list) and len(time) == 2 and isinstance(time[0], dict) for time in times):
+        return None
+    return {"key": content.get("key"), "configs_timings": [min(times, key=lambda time: time[1])]}

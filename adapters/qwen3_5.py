@@ -114,6 +114,12 @@ def prepare_cpu(model: Any) -> None:
             module.forward = partial(forward, module)
 
 
+def decoding(model: Any) -> Any:
+    from astracli.adapters import qwen3_5_decoding
+
+    return qwen3_5_decoding.decoding(model)
+
+
 def _norm(module: Any, x: Any) -> Any:
     from astracli.kernels.cpu.norms import rms_norm
 
@@ -200,6 +206,7 @@ ADAPTER = ModelAdapter(
     attention_mask=lambda mask: None,
     install_varlen=layers.install_varlen,
     prepare_cpu=prepare_cpu,
+    decoding=decoding,
     prepare_gpu=layers.prepare_gpu,
     keep_fp32=KEEP_FP32,
     frozen=FROZEN,

@@ -122,7 +122,7 @@ def test_norms() -> None:
 def test_linear() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 3))
-    assert linear.install(model) == 1  # the one with a bias stays
+    assert linear.install(model, measured=False) == 1  # the one with a bias stays
     for rows in (2, 64):  # below and above the size that pays
         agree(linear.linear, nn.functional.linear, [torch.randn(rows, 5, 24), torch.randn(40, 24)], 1e-5)
     x = torch.randn(64, 24)
@@ -130,6 +130,18 @@ def test_linear() -> None:
         assert (model[0](x) - nn.functional.linear(x, model[0].weight)).abs().max() <= 1e-5
         strided = torch.randn(24, 64).t()
         assert (linear.linear(strided, model[0].weight) - strided @ model[0].weight.t()).abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(not linear.available(), reason="this torch has no oneDNN products")
+def test_products_go_through_onednn_only_where_it_is_much_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linear.advantage() > 0.1  # measured: both have computed something
+    monkeypatch.setattr(linear, "_chosen", None)  # put back at the end
+    for quicker, layers in ((2.4, 1), (1.1, 0)):
+        monkeypatch.setattr(linear, "advantage", lambda quicker=quicker: quicker)
+        model = nn.Sequential(nn.Linear(24, 40, bias=False))
+        assert linear.install(model) == layers
+        assert linear.chosen() is bool(layers)
+        assert linear.install(model, measured=False) == 1  # a deterministic run asks no clock
 
 
 def test_freed_memory_can_be_kept_twice() -> None:

@@ -9,23 +9,29 @@ import pytest
 import torch
 from engine_models import VOCAB, reference_logprobs, tiny_model
 
+from astracli.adapters import qwen3_5
 from astracli.engines.contract import GenResult
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
 from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Request
 
-KINDS = ["qwen3_5", "llama", "qwen3", "qwen2"]
+KINDS = ["qwen3_5", "qwen3_5 by its own decoding", "llama", "qwen3", "qwen2"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest) -> Any:
-    return tiny_model(request.param)
+    kind, own, _ = request.param.partition(" by its own decoding")
+    model = tiny_model(kind)
+    model.own_decoding = qwen3_5.decoding(model) if own else None
+    assert bool(own) is (model.own_decoding is not None)
+    return model
 
 
 def _scheduler(model: Any, slots: int, **options: Any) -> Scheduler:
     kernels.install(model)
-    return Scheduler(Decoder(model, slots, prefill_tokens=options.pop("prefill_tokens", 8192)), **options)
+    own = getattr(model, "own_decoding", None)
+    return Scheduler(Decoder(model, slots, prefill_tokens=options.pop("prefill_tokens", 8192), decoding=own), **options)
 
 
 def _requests(count: int, out: dict[str, GenResult], *, seed: int = 0, **fields: Any) -> list[Request]:

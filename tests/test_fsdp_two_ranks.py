@@ -23,7 +23,7 @@ from astracli.training.logprob import PolicyModel
 from astracli.training.step import Trainer
 
 SCRIPT = """
-import json, sys
+import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from test_fsdp_two_ranks import NAMES
@@ -42,10 +42,14 @@ table = {"activation_checkpointing": "selective", "packing": "packed", "tokens_p
 table["learning_rate"] = 1e-4
 chosen = recipe(algorithm={"kl_coef": 0.01}, train=table)
 calls = []
+def note(word):
+    calls.append(word)
+    if torch._C._current_graph_task_id() != -1:
+        calls.append(word + " beside a backward pass")
 counted = {"sums": [(sharded_optimizer, "_reduce_scatter"), (_fsdp_param_group, "foreach_reduce")]}
 counted["gathers"] = [(sharded_optimizer, "_all_gather"), (_fsdp_param_group, "foreach_all_gather")]
 for word, name, where, call in [(w, n, m, getattr(m, n)) for w, places in counted.items() for m, n in places]:
-    setattr(where, name, lambda *a, _word=word, _call=call, **more: (calls.append(_word), _call(*a, **more))[1])
+    setattr(where, name, lambda *a, _word=word, _call=call, **more: (note(_word), _call(*a, **more))[1])
 found = {}
 for ranks.sharding in get_args(Sharding):
     trainer = make_trainer(model_dir, chosen, ranks)
@@ -58,7 +62,7 @@ for ranks.sharding in get_args(Sharding):
     for step in range(3):
         calls.clear()
         result = trainer.train(uneven_groups(step), step, step)
-        counts = {word: calls.count(word) for word in counted}
+        counts = {word: calls.count(word) for word in (*counted, "sums beside a backward pass")}
         micros = sum(map(len, result.batch.minibatches))
         empty += sum(not micro.rows for minibatch in result.batch.minibatches for micro in minibatch)
         trainer.to_host()
@@ -154,6 +158,11 @@ def test_what_the_ranks_exchange_in_a_step(out: Path) -> None:
     sums = {"optimizer": parts * MINIBATCHES, "gradients": groups * micros}
     sums |= {"parameters": groups * MINIBATCHES, "full": groups * micros}
     assert {sharding: one["calls"]["sums"] for sharding, one in found.items()} == sums
+
+    # the ranks that divide the optimizer sum what lies in blocks while the last backward pass of a minibatch runs; that
+    # of the embedding, which is the head too, comes behind
+    inside = {sharding: one["calls"]["sums beside a backward pass"] for sharding, one in found.items()}
+    assert inside["optimizer"] == (parts - 1) * MINIBATCHES
 
     reference = scoring = micros * blocks + 1
     passes = scoring + (micros - 1) * blocks  # forward: the first micro-batch's scoring pass is its forward pass

@@ -114,7 +114,19 @@ def test_what_the_caches_held_before_and_hold_now_is_said(
     assert kept == (8192, 8192, "auto") and recipe.weights.transfer == "delta" and recipe.algorithm.kl_coef == 0.001
 
 
-@pytest.mark.parametrize("words", [("--warm",), ("--warm", "qwen3.5-tiny-m2po-delta", "--facts", "8xl40")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--warm",),
+        ("--warm", "qwen3.5-tiny-m2po-delta", "--facts", "8xl40"),
+        ("qwen3.5-tiny-m2po-delta", "--tuned-out", "tuned.json"),
+    ],
+)
 def test_warm_needs_a_recipe_and_this_machine(astra: Callable[..., Ran], words: tuple[str, ...]) -> None:
     refused = astra("doctor", *words)
     assert refused.code == 2 and "--warm" in refused.err
+
+
+def test_what_is_tuned_is_asked_for_only_where_something_is(astra: Callable[..., Ran]) -> None:
+    refused = astra("doctor", "--warm", "qwen3.5-tiny-m2po-delta", "--tuned-out", "tuned.json")
+    assert refused.code == 2 and "takes a GPU" in refused.err

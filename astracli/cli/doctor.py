@@ -41,6 +41,10 @@ def doctor(
             "--warm", help="No checks: run one short step of the recipe, which fills the caches of compiled kernels."
         ),
     ] = False,
+    tuned_out: Annotated[
+        Path | None,
+        typer.Option("--tuned-out", metavar="FILE", help="With --warm: also write to FILE what Triton has tuned."),
+    ] = None,
     json: JsonOpt = False,
 ) -> None:
     """Check this machine, and whether it has what a recipe needs.
@@ -51,8 +55,10 @@ def doctor(
     loaded = None if one_name(recipe_name, recipe) is None else load_recipe(recipe_name, recipe, set_, "doctor")
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
+    if tuned_out is not None and not warm:
+        raise UserError("--tuned-out given without --warm", "`astra doctor RECIPE --warm --tuned-out FILE`")
     if warm:
-        _warm(loaded, out(json), others=facts is not None or facts_out is not None or probe is not None)
+        _warm(loaded, out(json), tuned_out, others=facts is not None or facts_out is not None or probe is not None)
         return
     from astracli.doctor.gather import gather
     from astracli.machine import documents
@@ -81,7 +87,7 @@ def doctor(
     raise typer.Exit(0 if report["ok"] else 1)
 
 
-def _warm(recipe: Recipe | None, output: Output, *, others: bool) -> None:
+def _warm(recipe: Recipe | None, output: Output, tuned_out: Path | None, *, others: bool) -> None:
     if recipe is None:
         raise UserError("--warm given without a recipe", "name one: `astra doctor RECIPE --warm`")
     if others:
@@ -89,7 +95,7 @@ def _warm(recipe: Recipe | None, output: Output, *, others: bool) -> None:
     from astracli.launch import warm
     from astracli.machine.memory import words
 
-    found = warm.warm(recipe)
+    found = warm.warm(recipe, tuned_out)
     if output.as_json:
         output.document(found.document())
         return

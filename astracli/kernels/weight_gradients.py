@@ -142,7 +142,7 @@ def _linear_forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None and not x.is_cuda and cpu.available():
+    if bias is None and not x.is_cuda and cpu.chosen():
         return cpu.linear(x, weight)
     return nn.functional.linear(x, weight, bias)
 

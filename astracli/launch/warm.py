@@ -7,19 +7,24 @@ warm_up.py`); the engines answer one short arithmetic problem each time the step
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
-from astracli.errors import RunFailed
+from astracli.errors import RunFailed, UserError
 from astracli.launch import run
+from astracli.process.atomic import write_atomic
 from astracli.runs import metrics
+
+if TYPE_CHECKING:
+    from astracli.kernels.gpu.tuned import Origin
 
 TOKENS = 16
 """New tokens of an answer."""
@@ -86,8 +91,10 @@ def short(recipe: Recipe) -> Recipe:
     return recipe_io.check(document, recipe.name)
 
 
-def warm(recipe: Recipe) -> Warmed:
-    """Fill the caches. Raises UserError before the start, RunFailed after it."""
+def warm(recipe: Recipe, tuned_out: Path | None = None) -> Warmed:
+    """Fill the caches. `tuned_out`: where a document of what Triton has tuned goes (`kernels/gpu/tuned.py`). Raises
+    UserError before the start, RunFailed after it."""
+    origin = None if tuned_out is None else _origin(recipe)
     there, began = places(), time.monotonic()
     before = {name: size(folder) for name, folder in there.items()}
     with tempfile.TemporaryDirectory(prefix="astra-warm-") as folder:
@@ -96,8 +103,35 @@ def warm(recipe: Recipe) -> Warmed:
         if code:
             raise RunFailed("it was interrupted before everything was compiled", "give the same command again")
         seconds = _seconds(metrics.read(made.metrics_jsonl))
+    if tuned_out is not None and origin is not None:
+        _write_tuned(tuned_out, there["triton"], origin, recipe)
     every = [Cache(name, str(place), before[name], size(place)) for name, place in there.items()]
     return Warmed(tuple(c for c in every if c.after), {"all": time.monotonic() - began, **seconds})
+
+
+def _origin(recipe: Recipe) -> Origin:
+    from astracli.kernels.gpu import tuned
+
+    origin = tuned.here() if recipe.resources.device != "cpu" else None
+    if origin is None:
+        raise UserError(
+            "--tuned-out: Triton tunes nothing here: that takes a GPU, a recipe that trains on it, and fla",
+            "leave it out, or `pip install flash-linear-attention` where there is a GPU",
+        )
+    return origin
+
+
+def _write_tuned(out: Path, cache: Path, origin: Origin, recipe: Recipe) -> None:
+    import torch
+
+    from astracli.kernels.gpu import tuned
+
+    load = f"{recipe.model.path}, {recipe.train.tokens_per_microbatch} tokens"
+    doc = tuned.document(cache, origin, torch.cuda.get_device_name(), load)
+    try:
+        write_atomic(out, json.dumps(doc, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write `{out}`: {(error.strerror or str(error)).lower()}") from None
 
 
 def _seconds(records: Any) -> dict[str, float]:

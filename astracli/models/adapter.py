@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from astracli.models.chat import ChatFormat
+    from astracli.models.decoding import Decoding
 
 SHARD_INDEX = "model.safetensors.index.json"
 """The file of a checkpoint that says in which shard each tensor lies."""
@@ -123,6 +124,9 @@ class ModelAdapter:
     attention does so by itself (`kernels/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
+    decoding: Callable[[Any], Decoding | None] | None = None
+    """A loaded model -> how it decodes on a CPU in fp32, for an engine in plain torch; None for a model that it does
+    not compute, or for every one: transformers' own forward decodes."""
     prepare_gpu: Callable[[Any], None] | None = None
     """Make a loaded model quick to train on a GPU (fused kernels, the same function); None = nothing to do."""
     keep_fp32: tuple[str, ...] = ()

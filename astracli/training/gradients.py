@@ -43,6 +43,10 @@ class Gradients:
             return {name: self._sums[name] for name in self._parameters if name in self._sums}
         return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
 
+    def of(self, name: str) -> Tensor | None:
+        """One of `found`."""
+        return self._sums.get(name) if self._sums is not None else self._parameters[name].grad
+
     def forget(self, name: str) -> None:
         """Free one that has been taken over."""
         if self._sums is not None:

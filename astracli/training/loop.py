@@ -31,6 +31,7 @@ from astracli.errors import RunFailed, disk_failed
 from astracli.hub.client import HubClient
 from astracli.hub.types import HubState
 from astracli.kernels.cpu.memory import GiveBack
+from astracli.kernels.gpu import tuned
 from astracli.models import registry
 from astracli.process.config import TrainerConfig
 from astracli.process.transient import gpu_failed
@@ -185,6 +186,8 @@ class TrainLoop:
             self.hub.ack(self.step - 1, self.step, self.step)
         self.reporter.ready()
         self.reporter.progress(step=self.step)
+        if self.ranks.device.type == "cuda" and (choices := tuned.shipped()):
+            self._once["tuned_choices"] = float(tuned.install(choices, tuned.cache_folder(), tuned.here()).files)
         if self.config.warm_up and self.step < self.recipe.train.steps:
             self._once |= {"warm_up_s": warm_up(self.trainer, self.reporter.waiting)}
 

@@ -25,7 +25,7 @@ from astracli.training.adam import Adam, learning_rate
 from astracli.training.cpu_offload import CpuOffload
 from astracli.training.fsdp import Ranks, local, start_of
 from astracli.training.gradients import Gradients
-from astracli.training.sharded_optimizer import Exchange, Parts
+from astracli.training.sharded_optimizer import Exchange, Parts, Reduction
 from astracli.training.split_masters import SplitMasters
 from astracli.weights.publish.snapshot import Shard, copies
 
@@ -85,6 +85,7 @@ class Masters:
                     parameter.data = parameter.data.to(ranks.precision)
             self.values = {name: self._master(name, parameter) for name, parameter in self.parameters.items()}
         self.grads = self._gradients(model)
+        self.reduction = Reduction(self.parts, self.grads)
         self.adam = Adam(self.values, table, moments_on_host=moments_on_host, split_masters=self.split_masters)
         self.publish_to_parameters()
 
@@ -177,7 +178,7 @@ class Masters:
         lists are the same on all ranks.
         """
         if self.ranks.divides_optimizer:
-            reduced = self.parts.reduce(self.grads)
+            reduced = self.reduction.finish()
             parts = [gradient for name, gradient in reduced.items() if name in self.parts]
             return reduced, self.ranks.squares((g for name, g in reduced.items() if name not in self.parts), parts)
         found = self.grads.found()

@@ -157,7 +157,7 @@ class _Loader:
         if self.ranks.device.type == "cpu":
             if adapter.prepare_cpu is not None:
                 adapter.prepare_cpu(model)
-            linear.install(model)
+            linear.install(model, measured=not self.recipe.launch.deterministic)
         elif adapter.prepare_gpu is not None:
             adapter.prepare_gpu(model)
         if self.packed:

@@ -1,8 +1,9 @@
 """Ranks that hold all weights and gradients, and divide the optimizer (ZeRO-1, arXiv 1910.02054): `train.sharding`.
 
-A rank computes as a single one does: no weight is gathered and no gradient is exchanged before the update of a
-minibatch. Then each gradient is summed over the ranks, and every rank gets the sum of its own part (reduce-scatter). It
-updates the master weights of that part, whose moments it alone holds, and all ranks get the new weights (all-gather).
+A rank computes as a single one does: no weight is gathered, and no gradient is exchanged before the last backward pass
+of a minibatch. In that pass, each gradient is summed over the ranks as soon as it is there, and every rank gets the sum
+of its own part (reduce-scatter), while gradients of the layers before are computed (`Reduction`). It updates the master
+weights of that part, whose moments it alone holds, and all ranks get the new weights (all-gather).
 A part is a contiguous range of the flattened parameter, as long on every rank. What is small, or cannot be divided so,
 is updated by every rank alike.
 
@@ -11,8 +12,9 @@ At most `IN_FLIGHT` collectives run beside each other: a gradient is freed as so
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,30 +59,80 @@ class Parts:
         part = whole.reshape(-1)[self.start(name) : self.start(name) + self._lengths[name]]
         return part.view(*[1] * (whole.ndim - 1), -1)
 
+    def sum_whole(self, gradients: Sequence[Tensor]) -> None:
+        """Replace gradients that are not divided by those of the loss of all ranks."""
+        self._ranks.reduce(gradients)
+
+
+class Reduction:
+    """Gradients of the loss of all ranks, minibatch by minibatch.
+
+    The last backward pass begins the sums of a block's gradients when the gradient of that block's input is there:
+    autograd takes what was computed last in the forward pass first, so all gradients of the block's own parameters are
+    there as well. Blocks end in the same order on all ranks, which is the order of their collectives.
+    """
+
+    def __init__(self, parts: Parts, grads: Gradients):
+        self._parts, self._grads = parts, grads
+        self._reduced: dict[str, Tensor] = {}
+        self._waiting: deque[tuple[Any, Tensor]] = deque()
+        self._last_pass = False
+
+    def watch(self, blocks: Sequence[nn.Module], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Begin with these blocks' gradients inside the last backward pass; all others are summed behind it."""
+        name_of = {id(parameter): name for name, parameter in parameters.items() if name in self._parts}
+        uses = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+        name_of = {which: name for which, name in name_of.items() if uses[which] == 1}
+        for block in blocks:
+            own = [name_of[id(parameter)] for parameter in block.parameters() if id(parameter) in name_of]
+            block.register_forward_pre_hook(partial(_watch_input, partial(self._ended, own)), with_kwargs=True)
+
+    def before_backward(self, *, last: bool) -> None:
+        """`last`: of the minibatch."""
+        self._last_pass = last
+
+    def _ended(self, names: Collection[str], _: Tensor) -> None:
+        if self._last_pass:
+            self._begin(names)
+
     @torch.no_grad()
-    def reduce(self, grads: Gradients) -> dict[str, Tensor]:
-        """Gradients of the loss of all ranks: this rank's parts, and whole where a parameter is not divided. A
-        collective; `grads` are empty afterwards."""
-        found, reduced = grads.found(), {}
-        waiting: deque[tuple[Any, Tensor]] = deque()
-        names = list(found)
-        self._ranks.reduce([found[name] for name in names if name not in self])
+    def _begin(self, names: Collection[str]) -> None:
         for name in names:
-            gradient = found.pop(name)
-            grads.forget(name)
-            if name not in self:
-                reduced[name] = gradient
+            if (gradient := self._grads.of(name)) is None:
                 continue
-            part = torch.empty_like(self.of(name, gradient))
-            work = _reduce_scatter(part.view(-1), gradient.reshape(-1), async_op=True)
-            waiting.append((work, gradient))
-            reduced[name] = part
+            assert name not in self._reduced, f"a gradient of {name} came behind its sum"
+            self._grads.forget(name)
+            part = torch.empty_like(self._parts.of(name, gradient))
+            self._waiting.append((_reduce_scatter(part.view(-1), gradient.reshape(-1), async_op=True), gradient))
+            self._reduced[name] = part
             del gradient
-            while len(waiting) > IN_FLIGHT:
-                waiting.popleft()[0].wait()
-        for work, _ in waiting:
+            while len(self._waiting) > IN_FLIGHT:
+                self._waiting.popleft()[0].wait()
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """This rank's parts, and whole where a parameter is not divided. A collective; no gradient is left."""
+        self._last_pass = False
+        found = self._grads.found()
+        whole = {name: gradient for name, gradient in found.items() if name not in self._parts}
+        self._parts.sum_whole(list(whole.values()))
+        for name in whole:
+            self._grads.forget(name)
+        rest = [name for name in found if name not in whole]
+        found.clear()
+        self._begin(rest)
+        for work, _ in self._waiting:
             work.wait()
+        self._waiting.clear()
+        reduced, self._reduced = self._reduced | whole, {}
         return reduced
+
+
+def _watch_input(ended: Callable[[Tensor], None], block: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Call `ended` when the gradient of the block's input is there."""
+    x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad), None)
+    if x is not None:
+        x.register_hook(ended)
 
 
 class Exchange:

@@ -100,6 +100,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.algorithm = losses.get(self.recipe.algorithm.name)
+        if self.ranks.divides_optimizer:
+            self.masters.reduction.watch(self.adapter.blocks(self.policy.model), self.masters.parameters)
         self.row_check = RowCheck(self.policy, self.adapter, self.masters, self.packed, self.pad_token)
         self.ablation = self.packed and self.recipe.train.row_boundaries == "ignored"
         """Rows leak because the recipe says so: the checks measure and do not stop."""
@@ -188,6 +190,13 @@ class Trainer:
         """Log-probabilities and entropies [N] of a micro-batch by the policy or the reference. `target_N`: of these
         tokens in the place of its own."""
         return parity.logprobs(policy, self.adapter, micro, self.ranks.device, target_N)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """The backward pass of a minibatch's micro-batch, or of its `last`, in which gradients of all ranks may already
+        be summed."""
+        before_backward(self.policy, self.ranks, last=last)
+        self.masters.reduction.before_backward(last=last)
+        (loss * self.ranks.loss_factor).backward()
 
     # checks
 
@@ -350,8 +359,7 @@ class Trainer:
                 if over_N is not None:
                     sums.add(name, over_N)
             work.timer.lap("forward_s")
-            before_backward(self.policy, self.ranks, last=micro is micros[-1])
-            (loss * self.ranks.loss_factor).backward()
+            self.backward(loss, last=micro is micros[-1])
             work.timer.lap("backward_s")
         if measure:
             self._require_agreement(work)

@@ -16,7 +16,7 @@ from astracli.rl.batch import MicroBatch, Row
 from astracli.rl.types import Group
 from astracli.training import packing
 from astracli.training.adam import learning_rate
-from astracli.training.fsdp import before_backward, free_gathered
+from astracli.training.fsdp import free_gathered
 from astracli.training.step import StepResult, Trainer
 from astracli.training.sums import Sums, Timer
 
@@ -62,8 +62,7 @@ def train_on_examples(trainer: Trainer, groups: Sequence[Group], step: int, targ
             sums.add("loss", loss)
             sums.add("entropy", entropy_N)
             timer.lap("forward_s")
-            before_backward(trainer.policy, trainer.ranks, last=micro is micros[-1])
-            (loss * trainer.ranks.loss_factor).backward()
+            trainer.backward(loss, last=micro is micros[-1])
             timer.lap("backward_s")
         free_gathered(trainer.policy)
         norms.append(trainer.masters.update(step))

@@ -90,7 +90,7 @@ def _mark(process: subprocess.Popen[bytes], run: Path, wanted: int) -> dict[str,
 def _look(pid: int, run: Path) -> dict[str, Any] | None:
     try:
         cpu = dict(_cpu(pid, run))
-        config = json.loads((run / "config" / "engine0.json").read_text())
+        config = json.loads((run / "config" / "rollout.json").read_text())
         address = next(engine["url"] for engine in config["engines"] if engine["name"] == "engine0")
         seconds = ask(address, config["token"])["seconds"]
     except (OSError, psutil.Error, ValueError):

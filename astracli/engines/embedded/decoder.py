@@ -15,12 +15,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from astracli.engines.embedded.slots import SlotCache
+from astracli.models.decoding import Decoding
 
 
 class Decoder:
     """A model with its slot cache. One thread calls it."""
 
-    def __init__(self, model: Any, slots: int, *, prefill_tokens: int = 8192):
+    def __init__(self, model: Any, slots: int, *, prefill_tokens: int = 8192, decoding: Decoding | None = None):
+        """`decoding`: the family's own (`ModelAdapter.decoding`); None: the model's forward."""
+        self._own = decoding
         self.model = model.eval().requires_grad_(False)
         self.cache = SlotCache(slots)
         self.slots = slots
@@ -78,10 +81,17 @@ class Decoder:
         yield batch
 
     def prefill_rows(self, prompts: list[np.ndarray], copies: Tensor, first: int) -> Tensor:
-        """One left-padded forward over distinct prompts, expanded into slots -> logits [len(copies), V]."""
+        """One forward over distinct prompts, expanded into slots -> logits [len(copies), V]."""
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
-        ids = np.zeros((len(prompts), longest), np.int64)
+        if self._own is not None:
+            tokens = np.zeros((len(prompts), longest), np.int64)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : len(prompt)] = prompt
+            logits, held = self._own.prompts(torch.from_numpy(tokens), torch.from_numpy(lengths))
+            self.cache.insert(held, first, copies, None)
+            return logits.index_select(0, copies)
+        ids = np.zeros((len(prompts), longest), np.int64)  # padded on the left
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
         padding = longest - lengths
@@ -97,7 +107,7 @@ class Decoder:
             logits_to_keep=1,
             **{self._cache_argument: cache},
         )
-        self.cache.insert(cache, first, copies, torch.from_numpy(padding).to(self.device) if padded else None)
+        self.cache.insert(cache.layers, first, copies, torch.from_numpy(padding).to(self.device) if padded else None)
         return output.logits[:, -1][copies]
 
     @torch.inference_mode()
@@ -106,6 +116,8 @@ class Decoder:
         span = int(lengths.max()) + 1
         columns = torch.from_numpy(lengths.copy()).to(self.device)
         self.cache.begin(columns, span)
+        if self._own is not None:
+            return self._own.step(torch.from_numpy(tokens.copy()), columns, span, self.cache.layers)
         # 4-D masks reach the attention layers as they are; linear layers see that a state exists and take none.
         mask = (torch.arange(span, device=self.device)[None] <= columns[:, None])[:, None, None, :]
         output = self.model(

@@ -26,6 +26,7 @@ from astracli.errors import UserError
 from astracli.kernels.cpu import linear
 from astracli.kernels.cpu.memory import GiveBack
 from astracli.models.adapter import load_tokenizer
+from astracli.models.decoding import Decoding
 from astracli.process.worker import Reporter
 from astracli.weights.receive import reading
 from astracli.weights.receive.watcher import StageWatcher
@@ -50,7 +51,8 @@ class EmbeddedEngine:
     """One model, its slots (sequences decoded at once) and its weights.
 
     `load` reads a checkpoint directory through the model's adapter. `context_length`: prompt and completion together,
-    tokens; `prefill_tokens`: of one prefill.
+    tokens; `prefill_tokens`: of one prefill. `decoding`: the adapter's; deterministic runs keep the bytes that they had
+    without it.
     """
 
     def __init__(
@@ -66,16 +68,18 @@ class EmbeddedEngine:
         exclusive_calls: bool = False,
         problem: str | None = None,
         verify_interval: int = 0,
+        decoding: Callable[[Any], Decoding | None] | None = None,
     ):
         model, wire = load(path)
         if device == "cpu":
             kernels.install(model, convolution=not exclusive_calls)  # deterministic runs keep the bytes that they had
-            linear.install(model)
+            linear.install(model, measured=not exclusive_calls)
         self.path = path
         self._context_length = context_length
         self._stage = StageWatcher(stage_dir, reading.hold) if stage_dir is not None else None
         self.weights = EngineWeights(model.to(device), wire, problem=problem, verify_interval=verify_interval)
-        decoder = Decoder(model, slots, prefill_tokens=prefill_tokens)
+        own = decoding(model) if decoding is not None and device == "cpu" and not exclusive_calls else None
+        decoder = Decoder(model, slots, prefill_tokens=prefill_tokens, decoding=own)
         self.scheduler = Scheduler(decoder, exclusive_calls=exclusive_calls)
         self._eos = _eos_ids(model)
         self._vocab = int(model.get_input_embeddings().weight.shape[0])

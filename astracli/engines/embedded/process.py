@@ -70,6 +70,7 @@ def load_engine(config: EngineConfig) -> EmbeddedEngine:
         exclusive_calls=config.recipe.launch.deterministic,
         problem="waiting for its weights" if config.await_weights else None,
         verify_interval=config.recipe.weights.verify_interval,
+        decoding=adapter.decoding,
     )
 
 

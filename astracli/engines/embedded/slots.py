@@ -9,6 +9,7 @@ Shape letters: S slots, N active rows, H heads, L columns, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from astracli.errors import UserError
+from astracli.models.decoding import KeysValues, States
 
 _FIRST_COLUMNS = 64
 """Columns that a KV layer starts with; it doubles when a sequence outgrows it."""
@@ -135,7 +136,9 @@ class StateSlots(LinearAttentionCacheLayerMixin):
         self.is_conv_states_initialized = self.is_recurrent_states_initialized = initialized
 
     def lazy_initialization(self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0) -> None:
-        self.arrays = (_slot_array(conv_states, self.slots), _slot_array(recurrent_states, self.slots))
+        # a window's columns are contiguous: a step reads and moves whole columns
+        window = _slot_array(conv_states.transpose(1, 2), self.slots).transpose(1, 2)
+        self.arrays = (window, _slot_array(recurrent_states, self.slots))
 
     def begin(self) -> None:
         """Show the model this step's rows."""
@@ -180,16 +183,17 @@ class SlotCache(Cache):
         self.step = _DecodeStep()
         self._slot_layers: list[KVSlots | StateSlots] = []
 
-    def insert(self, source: DynamicCache, first: int, copies: Tensor, padding: Tensor | None) -> None:
+    def insert(self, source: Sequence[Any], first: int, copies: Tensor, padding: Tensor | None) -> None:
         """Copy prefilled sequences into slots `first`, `first` + 1, ...
 
+        source: of each layer, what transformers' cache keeps, or `Held`.
         copies: int64 [M], which row of `source` each new slot gets (a prompt that occurs twice was computed once).
         padding: int64 [rows of source], left padding to strip; None when no row has any.
         """
         if not self._slot_layers:
-            self._slot_layers = [_slots_like(layer, self.slots, self.step) for layer in source.layers]
+            self._slot_layers = [_slots_like(layer, self.slots, self.step) for layer in source]
             self.layers = list(self._slot_layers)
-        for layer, new in zip(self._slot_layers, source.layers, strict=True):
+        for layer, new in zip(self._slot_layers, source, strict=True):
             layer.insert(new, first, copies, padding)
 
     def begin(self, columns: Tensor, span: int) -> None:
@@ -215,9 +219,9 @@ class SlotCache(Cache):
 
 
 def _slots_like(layer: Any, slots: int, step: _DecodeStep) -> KVSlots | StateSlots:
-    if type(layer) is LinearAttentionLayer:
+    if type(layer) in (LinearAttentionLayer, States):
         return StateSlots(slots, step)
-    if type(layer) is DynamicLayer:
+    if type(layer) in (DynamicLayer, KeysValues):
         return KVSlots(slots, step)
     if type(layer) is DynamicSlidingWindowLayer:
         return KVSlots(slots, step, layer.sliding_window)

@@ -1,13 +1,17 @@
-"""fp32 matrix products through oneDNN, which uses the whole vector width on every x86 CPU.
+"""fp32 matrix products through oneDNN where that is quicker than torch's own `linear`, which goes to MKL.
 
-torch's own `linear` goes to MKL, which on AMD CPUs with AVX-512 reaches less than half of that (95 against 230
-GFLOP/s on one core of an AMD EPYC, 1920 x 128 x 384). All three products of training go the same way: output, input
-gradient and weight gradient.
+oneDNN uses the whole vector width on every x86 CPU. MKL reaches less than half of that on some AMD CPUs with AVX-512,
+and as much on others. But oneDNN compiles a product for each new shape, which takes as long as the product itself, and
+rows of other lengths and other numbers of sequences are ever new shapes. So the two are measured once a process, with
+a product that is compiled already, and oneDNN is taken where it is much quicker (`QUICKER`). All three products of
+training go the same way: output, input gradient and weight gradient.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +19,10 @@ from torch import Tensor, nn
 
 _FEWEST_ROWS = 16
 """Below, the call costs more than the product."""
+QUICKER = 1.5
+"""How many times the speed of MKL pays for compiling."""
+_MEASURED = 384, 128, 384
+"""Rows, input and output size of the product that is measured."""
 
 
 def available() -> bool:
@@ -22,6 +30,37 @@ def available() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@lru_cache
+def advantage() -> float:
+    """Speed of oneDNN over that of torch's own `linear` here; 0.0 without oneDNN. Takes a few milliseconds, once."""
+    if not available():
+        return 0.0
+    rows, size, out = _MEASURED
+    with torch.no_grad():
+        x, weight = torch.ones(rows, size), torch.ones(out, size)
+        ours, torchs = (_seconds(lambda f=f: f(x, weight)) for f in (product, nn.functional.linear))  # type: ignore[misc]
+    return torchs / ours
+
+
+def _seconds(work: Callable[[], Any], times: int = 7) -> float:
+    """The least of some calls, behind one that is not counted: others may use the same core."""
+    work()
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+_chosen: bool | None = None
+
+
+def chosen() -> bool:
+    """Whether this process multiplies through oneDNN: what the last `install` decided; before any, where it can."""
+    return available() if _chosen is None else _chosen
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,9 +103,14 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight)
 
 
-def install(model: nn.Module) -> int:
-    """Let the model's plain linear layers without bias compute this way. Returns how many do."""
-    if not available():
+def install(model: nn.Module, *, measured: bool = True) -> int:
+    """Let the model's plain linear layers without bias compute this way, where that pays. Returns how many do.
+
+    Not `measured`: wherever it is possible, so that numbers depend on no measurement (deterministic runs).
+    """
+    global _chosen
+    _chosen = available() and (not measured or advantage() >= QUICKER)
+    if not _chosen:
         return 0
     layers: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None]
     for layer in layers:

@@ -90,6 +90,7 @@ def changes_of(args: argparse.Namespace, examples: int, longest: int) -> dict[st
         "checkpoint.every": max(1, args.steps // 4),
         "resources.device": "cuda" if on_gpu else "cpu",
         "resources.train_gpus": int(on_gpu),
+        "resources.threads.trainer": args.threads,
     }
 
 
@@ -104,6 +105,7 @@ def options(doc: str | None, shapes: Collection[str], **defaults: Any) -> argpar
     parser.add_argument("--shape", choices=shapes, default=defaults["shape"])
     parser.add_argument("--seed", type=int, default=defaults["seed"])
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--threads", type=int, default=2, help="that compute, on a CPU")
     return parser
 
 

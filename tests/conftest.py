@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +19,34 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # send it would wait in vain.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+HERE = Path(__file__).parent
+
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Dozens of Pythons start here: each would compile the package again, and every worker all of the tests.
+
 LONGEST = (
-    "test_faults.py", "test_end_to_end.py", "test_howto.py", "test_sft.py", "test_tools_end_to_end.py",
-    "test_single_rank.py", "test_evaluate_worker.py", "test_agents.py", "test_lora_run.py", "test_jobs.py",
-    "test_weights_bench.py", "test_plugins.py", "test_doctor_probes.py", "test_reward_pool.py", "test_envs.py",
-    "test_train_resume.py", "test_weights_changes.py", "test_docs.py", "test_checkpoint.py", "test_time_sharing.py",
-    "test_engine_sglang.py", "test_gpu_bench.py", "test_workers_common.py", "test_supervise.py", "test_tiny_model.py",
+    "test_faults.py", "test_end_to_end.py", "test_tools_end_to_end.py", "test_single_rank.py", "test_howto.py",
+    "test_plugins.py", "test_evaluate_worker.py", "test_agents.py", "test_envs.py", "test_train_resume.py",
+    "test_jobs.py", "test_weights_bench.py", "test_reward_pool.py", "test_sft_run.py", "test_engine_vllm.py",
+    "test_weights_changes.py", "test_doctor_probes.py", "test_docs.py", "test_engine_slots.py",
+    "test_gpu_bench.py", "test_engine_sglang.py", "test_reward.py", "test_grading.py", "test_fetch.py",
+    "test_checkpoint.py", "test_eval_simulation.py", "test_make_small.py", "test_cpu_offload.py",
+    "test_time_sharing.py", "test_supervise.py", "test_tiny_model.py",
 )  # fmt: skip
 """Begun first when workers share the suite: a long file that starts last leaves the other worker with nothing to do."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Every worker needs every file. Each begins at another one, so that most are there compiled when it comes to them:
+    to rewrite asserts is what takes long."""
+    told = getattr(session.config, "workerinput", None)
+    if told is not None and session.config.args == session.config.getini("testpaths"):
+        names = sorted(path.stem for path in HERE.glob("test_*.py"))
+        first = int(told["workerid"].removeprefix("gw")) * len(names) // told["workercount"]
+        for name in names[first:] + names[:first]:
+            importlib.import_module(name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,6 +62,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Workers are forks of one process that has imported torch: each would spend seconds on that, twice."""
+    if sys.platform == "linux" and all(spec.popen and not spec.python for spec in specs):
+        from warm_worker import fork_workers
+
+        fork_workers()
 
 
 @dataclass

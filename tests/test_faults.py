@@ -97,17 +97,17 @@ def survivor(tmp_path_factory: pytest.TempPathFactory, forked: None) -> dict[str
 
     faults: dict[str, Callable[[], object]] = {
         "supervisor stopped": lambda: stopped("supervisor", 1.5),
-        "engine stopped": lambda: stopped("engine0", 1.0),
-        "rollout worker stopped": lambda: stopped("rollout", 1.0),
-        "trainer stopped": lambda: stopped("trainer", 1.0),
+        "engine stopped": lambda: stopped("engine0", 0.5),
+        "rollout worker stopped": lambda: stopped("rollout", 0.5),
+        "trainer stopped": lambda: stopped("trainer", 0.5),
         "grader killed": lambda: os.kill(found(attempt, "grader"), signal.SIGKILL),
         "fork server killed": lambda: os.kill(found(attempt, "fork_server"), signal.SIGKILL),
         "clock a day back": lambda: clock.write_text("-86400"),
         "clock ten years on": lambda: clock.write_text("315360000"),
         "connections cut": relay.cut,
-        "slow network": lambda: weather(1.0, delay_s=0.03, bytes_per_s=2e6),
-        "network silent": lambda: weather(1.0, hold=True),
-        "network refused": lambda: weather(1.0, refuse=True),
+        "slow network": lambda: weather(0.5, delay_s=0.03, bytes_per_s=2e6),
+        "network silent": lambda: weather(0.5, hold=True),
+        "network refused": lambda: weather(0.5, refuse=True),
         "flood": flood,
     }  # fmt: skip
     try:

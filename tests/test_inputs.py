@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm_child
 
 from astracli.cli.main import run as astra
 from astracli.config import recipe_io
@@ -127,7 +128,10 @@ def test_the_first_prompt_is_shown_as_the_model_gets_it(
     assert long.startswith("a" * 800 + "\n[... 401 characters left out ...]\n") and long.endswith("b")
 
 
-def test_the_first_prompt_of_an_environment_has_its_tools(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_prompt_of_an_environment_has_its_tools(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("astracli.envs.registry.subprocess", warm_child.ENVIRONMENTS_HERE)
     assert astra(["train", "--recipe", "tiny-tool-m2po-delta", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["first_prompt"]["text"].startswith("<tools>calculator</tools>")
 

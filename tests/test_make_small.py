@@ -35,7 +35,7 @@ def small() -> object:
 def test_a_warm_up_leaves_a_checkpoint_and_its_run(tmp_path: Path) -> None:
     """As it is called, with everything that the script says of its examples checked before the start of its run."""
     command = [str(SCRIPTS / "make_small.py"), str(tmp_path / "warm"), "--shape", "tiny", "--cpu"]
-    done = warm.run([*command, "--tokens", "512", "--steps", "3"])
+    done = warm.run([*command, "--tokens", "512", "--steps", "3", "--threads", "1"])
     assert done.returncode == 0, done.stderr
     run = RunDir(tmp_path / "warm-run")
     records = [line for line in metrics.read(run.metrics_jsonl) if "loss" in line]

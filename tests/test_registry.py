@@ -46,21 +46,24 @@ def recipe(path: str = "astra:tiny", adapter: str = "auto") -> Recipe:
     )
 
 
-def install(target: Path, source: Path, package: str, name: str, module: str, code: str) -> None:
-    source.mkdir()
+def made(source: Path, package: str, name: str, module: str, code: str) -> str:
+    source.mkdir(parents=True)
     (source / "pyproject.toml").write_text(PROJECT.format(package=package, name=name, module=module))
     (source / f"{module}.py").write_text(code)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--no-index", "--target", str(target), str(source)], check=True, timeout=120)
+    return str(source)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one good and one broken third-party adapter package, really installed by pip."""
     root = tmp_path_factory.mktemp("strangers")
-    install(root / "site", root / "good", "astra-olmo", "olmo", "astra_olmo", GOOD)
     broken = "import a_module_that_nobody_has\nADAPTER = 1\n"
-    install(root / "site", root / "bad", "astra-broken", "shaky", "astra_broken", broken)
+    sources = [
+        made(root / "good", "astra-olmo", "olmo", "astra_olmo", GOOD),
+        made(root / "bad", "astra-broken", "shaky", "astra_broken", broken),
+    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--no-index", "--target", str(root / "site"), *sources], check=True, timeout=120)
     return root / "site"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,25 @@ def figures(trainer: Trainer, first: int = 0, last: int = 3) -> list[list[float]
     return [[metrics[name] for name in NAMES] for metrics in steps]
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """A trainer after three steps."""
+
+    trainer: Trainer
+    rows: float
+    figures: list[list[float]]
+    checkpoints: Path
+    """That of two steps."""
+
+
+@pytest.fixture(scope="module")
+def learnt(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+    trainer, place = lowered(model_dir), tmp_path_factory.mktemp("checkpoints")
+    rows, found = rows_error(trainer), figures(trainer, 0, 2)
+    checkpoint.save(place, 2, trainer.masters, trainer.ranks, keep=1)
+    return Learnt(trainer, rows, found + figures(trainer, 2, 3), place)
+
+
 def sharded(
     world_size: int,
     model_dir: Path,
@@ -136,11 +155,10 @@ def sharded(
     return found
 
 
-def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp_path: Path) -> None:
-    theirs = sharded(1, model_dir, tmp_path)
-    trainer = lowered(model_dir)
-    assert rows_error(trainer) == theirs["rows"] > 0
-    assert figures(trainer) == theirs["figures"]
+def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp_path: Path, learnt: Learnt) -> None:
+    theirs, trainer = sharded(1, model_dir, tmp_path), learnt.trainer
+    assert learnt.rows == theirs["rows"] > 0
+    assert learnt.figures == theirs["figures"]
     masters = load_file(tmp_path / "masters.safetensors")
     moved = []
     with trainer.masters.split_masters.whole():
@@ -159,14 +177,13 @@ def test_it_is_bit_for_bit_what_fsdp_on_a_mesh_of_one_gives(model_dir: Path, tmp
     assert theirs["operators"] - mine >= 4 * cast, "cast and copied, in forward and backward"
 
 
-def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(model_dir: Path, tmp_path: Path) -> None:
+def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(
+    model_dir: Path, tmp_path: Path, learnt: Learnt
+) -> None:
     """To bf16's rounding: two ranks divide the rows otherwise. The first two divide only the optimizer: split masters
     of a part, and weight gradients that products add up. The other two are FSDP's."""
     two = sharded(2, model_dir, tmp_path / "two", sharding="optimizer")
-    one = lowered(model_dir)
-    mine = figures(one, 0, 2)
-    checkpoint.save(tmp_path / "one", 2, one.masters, one.ranks, keep=1)
-    mine += figures(one, 2, 3)
+    one, mine = learnt.trainer, learnt.figures
     for step, tolerance in enumerate((0.01, 0.05, 0.05)):
         assert mine[step] == pytest.approx(two["figures"][step], rel=tolerance, abs=2e-3), step
 
@@ -175,7 +192,7 @@ def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(model_dir
     assert found is not None
     checkpoint.load(found, other.masters, other.ranks)
     assert figures(other, 2, 3)[0] == pytest.approx(two["figures"][2], rel=0.01, abs=2e-3)
-    resumed = sharded(2, model_dir, tmp_path / "again", tmp_path / "one")
+    resumed = sharded(2, model_dir, tmp_path / "again", learnt.checkpoints)
     assert resumed["figures"][0] == pytest.approx(mine[2], rel=0.01, abs=2e-3)
 
     full = load_file(tmp_path / "two" / "full.safetensors")
@@ -187,9 +204,9 @@ def test_two_sharded_ranks_learn_the_same_and_checkpoints_go_both_ways(model_dir
     assert 0 < apart < 0.01 * moved
 
 
-def test_it_learns_what_fp32_learns(model_dir: Path) -> None:
+def test_it_learns_what_fp32_learns(model_dir: Path, learnt: Learnt) -> None:
     exact = make_trainer(model_dir, chosen())
-    for step, (mine, theirs) in enumerate(zip(figures(lowered(model_dir)), figures(exact), strict=True)):
+    for step, (mine, theirs) in enumerate(zip(learnt.figures, figures(exact), strict=True)):
         assert mine == pytest.approx(theirs, rel=0.1, abs=5e-3), step
         assert mine != theirs, "this is bf16"
 
@@ -307,15 +324,12 @@ def test_what_is_never_trained_leaves_with_the_rest(model_dir: Path) -> None:
     figures(trainer, 1, 2)
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(model_dir: Path, tmp_path: Path) -> None:
-    first = lowered(model_dir)
-    figures(first, 0, 2)
-    checkpoint.save(tmp_path, 2, first.masters, first.ranks, keep=1)
+def test_a_resumed_run_goes_on_bit_for_bit(model_dir: Path, learnt: Learnt) -> None:
     second = lowered(model_dir)
-    found = checkpoint.latest(tmp_path)
+    found = checkpoint.latest(learnt.checkpoints)
     assert found is not None
     checkpoint.load(found, second.masters, second.ranks)
-    assert figures(first, 2, 3) == figures(second, 2, 3)
+    assert learnt.figures[2:] == figures(second, 2, 3)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import warm_child
 from chat_models import ENDS, Lines, asked, made, tokenizer
 from rollout_world import recipe
 
@@ -162,6 +163,7 @@ def test_an_environment_is_made_with_the_recipe_and_the_checkpoint_before_a_star
     messages = [{"role": "user", "content": "how much?"}]
     with pytest.raises(UserError, match="writes no calls of tools in a format that is known"):
         registry.check("tools", chosen(), tmp_path / "model", messages)
+    monkeypatch.setattr(registry, "subprocess", warm_child.ENVIRONMENTS_HERE)  # each process would import torch
     with pytest.raises(UserError, match=r"the process of the tools .* did not start: its process ended"):
         little = chosen(format="code", tools=["python"], tool_memory_gib=0.01)
         registry.check("tools", little, tmp_path / "model", messages)

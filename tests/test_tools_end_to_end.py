@@ -19,7 +19,7 @@ from shared import records, trained
 
 from astracli.data import arithmetic
 
-STEPS, ITEMS, RECIPE = 2, 64, "tiny-tool-m2po-delta"
+STEPS, ITEMS, RECIPE = 2, 32, "tiny-tool-m2po-delta"
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -30,6 +30,7 @@ def quick(folder: Path) -> list[str]:
     products.write_text("\n".join(map(json.dumps, items)))
     return [
         f"train.steps={STEPS}", "train.batch_groups=2", "train.minibatches=2", "checkpoint.every=1",
+        "rollout.group_size=4", "rollout.max_new_tokens=48", "rollout.context_length=64",
         f'eval.benchmarks=["{products}"]', f"eval.every={STEPS}", "eval.samples=1", "eval.pass_k=1",
         "launch.deterministic=true", "metrics.samples_per_step=16",
     ]  # fmt: skip

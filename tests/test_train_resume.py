@@ -22,9 +22,13 @@ class Killed(BaseException):
     """The process is gone: nothing after it runs."""
 
 
-@pytest.mark.parametrize("background", ["off", "on"])
-@pytest.mark.parametrize("where", ["train", "save", "publish", "announce", "ack"])
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(
+    ("step", "where", "background"),
+    [
+        (1, "train", "off"), (2, "train", "on"), (1, "save", "on"), (2, "save", "off"), (1, "publish", "off"),
+        (2, "publish", "on"), (1, "announce", "on"), (2, "announce", "off"), (1, "ack", "off"), (2, "ack", "on"),
+    ],
+)  # fmt: skip
 def test_a_kill_at_any_point_changes_nothing(
     job: Job, expected: dict[str, torch.Tensor], where: str, step: int, background: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

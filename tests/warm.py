@@ -3,6 +3,7 @@ dozens, and each would spend seconds on that. Where nothing can be forked they s
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,8 +12,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import warm_child
+
 from astracli.launch import forks
 from astracli.plan.types import ProcessPlan
+from astracli.process import forking
 from astracli.process.children import ChildSpec
 from astracli.process.forking import Forked, ForkServer
 
@@ -20,6 +24,7 @@ HERE = Path(__file__).parent
 PRELOAD = (
     *forks.COMMON, *(name for names in forks.PRELOAD.values() for name in names), "torch.distributed.fsdp", "triton",
     "astracli.engines.embedded.engine", "astracli.engines.embedded.http", "astracli.process.server", "warm_child",
+    "transformers.models.qwen3_5.modeling_qwen3_5",
 )  # fmt: skip
 _servers: list[ForkServer] = []
 Child = subprocess.Popen[bytes] | Forked
@@ -34,6 +39,17 @@ def server() -> ForkServer | None:
         while not _servers[0].ready(wait_s=10.0):
             assert _servers[0].problem is None, _servers[0].problem
     return _servers[0]
+
+
+def serve_here(*close: int) -> None:
+    """The fork server is a fork of this process, which has imported everything and done nothing. `close`: descriptors
+    that are none of its business."""
+    usual = forking.start
+    forking.start = functools.partial(warm_child.fork_server_here, close=close)
+    try:
+        server()
+    finally:
+        forking.start = usual
 
 
 def is_server(pid: int) -> bool:

@@ -135,7 +135,7 @@ def test_linear() -> None:
 @pytest.mark.skipif(not linear.available(), reason="this torch has no oneDNN products")
 def test_products_go_through_onednn_only_where_it_is_much_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.advantage() > 0.1  # measured: both have computed something
-    monkeypatch.setattr(linear, "_chosen", None)  # put back at the end
+    monkeypatch.setattr(linear, "decided", None)  # put back at the end
     for quicker, layers in ((2.4, 1), (1.1, 0)):
         monkeypatch.setattr(linear, "advantage", lambda quicker=quicker: quicker)
         model = nn.Sequential(nn.Linear(24, 40, bias=False))

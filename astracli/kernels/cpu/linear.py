@@ -55,12 +55,13 @@ def _seconds(work: Callable[[], Any], times: int = 7) -> float:
     return min(taken)
 
 
-_chosen: bool | None = None
+decided: bool | None = None
+"""What the last `install` of this process found."""
 
 
 def chosen() -> bool:
     """Whether this process multiplies through oneDNN: what the last `install` decided; before any, where it can."""
-    return available() if _chosen is None else _chosen
+    return available() if decided is None else decided
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -108,9 +109,9 @@ def install(model: nn.Module, *, measured: bool = True) -> int:
 
     Not `measured`: wherever it is possible, so that numbers depend on no measurement (deterministic runs).
     """
-    global _chosen
-    _chosen = available() and (not measured or advantage() >= QUICKER)
-    if not _chosen:
+    global decided
+    decided = available() and (not measured or advantage() >= QUICKER)
+    if not decided:
         return 0
     layers: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None]
     for layer in layers:

@@ -35,8 +35,9 @@ from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
 from astracli.machine import documents
 from astracli.machine.memory import words
-from astracli.plan.hosts import shortage, spread
+from astracli.plan.hosts import shortage
 from astracli.plan.memory import total
+from astracli.plan.seats import spread
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import Role
 from astracli.process.ports import bind

@@ -186,7 +186,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         split=plan.placement.split,
         shared=plan.placement.shared,
         gpu_leases=leases,
-        leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
+        leaves=any(name in leases for gpu in process.gpu_ids for name in plan.gpu_map[gpu]),
         warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
         teacher_path=context.inputs.teacher,
         data_paths=dict(context.inputs.data) if plan.command == "sft" else {},

@@ -139,7 +139,7 @@ class Job:
             place = Place(run)
             alerts = Alerts(by_rewards=context.recipe.sft is None)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place, alerts)
-            usage = UsageLog(run, launcher, context.plan.gpu_map)
+            usage = UsageLog(run, launcher, [gpu.index for gpu in context.plan.gpu_map if gpu.host is None])
 
             def tick(supervisor: Supervisor) -> None:
                 watch(supervisor)

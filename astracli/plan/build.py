@@ -22,11 +22,13 @@ from astracli.models import lora_targets
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan import gpus as places
 from astracli.plan import hints, hosts, problems, prompts, staging
+from astracli.plan.communication import over_network
 from astracli.plan.cost import TrainerLoad, pace
 from astracli.plan.memory import disk_rows, light_row, on_gpu, solid, total
 from astracli.plan.offload import Reason
 from astracli.plan.placement import Gpus, Placement, place, place_on_cpu, time_shared
 from astracli.plan.requests import settle
+from astracli.plan.seats import GpuId, Host, Seats, cpu_hosts, seat
 from astracli.plan.trainer import SPARE_BYTES, trainer_rows
 from astracli.plan.types import TRAINING, Command, LaunchPlan, ProcessPlan
 from astracli.process import layout
@@ -66,6 +68,7 @@ def build(
     if shape is not None and known is not None:
         shape = replace(lora_targets.sized(shape, recipe.lora, adapter, known), teacher=teacher)
     draft = _Draft(recipe, choice, facts, command, shape, checkpoint_bytes, fleet)
+    unlike = hosts.unlike(recipe, adapter, choice, config, fleet, draft.processes)
 
     def fit(other: Recipe) -> hints.Fit:
         tried = replace(draft, asked=other).plan(lambda otherwise: otherwise)
@@ -76,14 +79,15 @@ def build(
 
     @cache  # several things may be too small
     def settings() -> hints.Sets | None:
-        count = len(facts.visible_gpus)
-        return hints.find(recipe, command, count, fit) if count and draft.cuda else None
+        first, *others = (len(machine.visible_gpus) for machine in draft.machines.values() if machine is not None)
+        return hints.find(recipe, command, first, fit, sum(others)) if first and draft.cuda else None
 
     def way_out(otherwise: str) -> str:
         sets = settings()
         return f"run {hints.command_line(command, recipe.name, sets)}" if sets else otherwise
 
     plan = replace(draft.plan(way_out), prompts=prompts.words(recipe, chat_template))
+    plan = replace(plan, problems=(*plan.problems, *unlike))
     if config is not None:
         odd = problems.checkpoint_problems(recipe, choice, facts, adapter, config)
         return replace(plan, problems=(*odd, *plan.problems))
@@ -139,12 +143,13 @@ class _Draft:
         if roomy := self.room_to_publish(memory, placement.time_sharing):
             memory = self.memory(placement, roomy)
         if shape and self.trains:
-            placement, memory = staging.decide(processes, memory, shape, recipe, placement, facts)
+            sizes = {host: machine.system.memory_total for host, machine in self.machines.items() if machine}
+            placement, memory = staging.decide(processes, memory, shape, recipe, placement, self.gpus.sizes, sizes)
         if placement.time_sharing:
             # a worker that starts again does not know who has the GPU
             processes = [replace(process, restarts=0) for process in processes]
         disk = disk_rows(shape, recipe, self.checkpoint_bytes) if shape and self.trains else []
-        placement = replace(placement, reasons=(*placement.reasons, *hosts.reasons(processes)))
+        placement = replace(placement, reasons=(*placement.reasons, *hosts.reasons(recipe, processes)))
         plan = LaunchPlan(
             recipe=recipe.name,
             command=self.command,
@@ -154,19 +159,20 @@ class _Draft:
             memory=tuple(memory),
             disk=tuple(disk),
             model=_model(shape, recipe) if shape else {},
-            gpu_sizes=facts.gpu_sizes,
+            gpu_sizes=self.gpus.sizes if self.cuda else {GpuId(i): size for i, size in facts.gpu_sizes.items()},
             host_size=facts.system.memory_total,
+            host_sizes={host: machine.system.memory_total for host, machine in self.fleet.items()},
             running_requests=recipe.rollout.running,
             expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},
         )
         if self.cuda:
             plan = replace(plan, margins=places.margins(plan.memory, plan.gpu_map, plan.gpu_sizes))
-        engine_count = sum(process.role is Role.ENGINE for process in processes)
         found = [
-            *(hosts.problems(recipe, engine_count, self.cuda) if self.command == "train" else ()),
+            *(hosts.problems(recipe, processes) if self.command == "train" else ()),
             *hosts.shortages(plan, self.fleet),
-            *problems.gpu_problems(plan, recipe, facts, way_out),
+            *problems.gpu_problems(plan, recipe, self.machines, way_out),
             *problems.software_problems(recipe, self.choice, facts),
+            *hosts.software_problems(recipe, self.choice, self.fleet),
             *problems.size_problems(plan, recipe, shape, facts, way_out),
         ]
         warnings = [*self.choice.warnings, *problems.warnings(plan, recipe, facts), *places.warnings(plan.margins)]
@@ -186,19 +192,25 @@ class _Draft:
         return self.command != "sft" or self.asked.evaluation_due(self.asked.train.steps)
 
     @cached_property
+    def machines(self) -> dict[Host, Machine | None]:
+        """The hosts of this command in their order; None: not known yet."""
+        others = self.asked.launch.agents if self.command == "train" else ()
+        return {None: self.facts, **{host: self.fleet.get(host) for host in others}}
+
+    @cached_property
     def gpus(self) -> Gpus:
-        """Rollout first, then training; from the first GPU again when they share. Where this machine has fewer, indexes
-        go on counting: the plan is then for another machine."""
         if not self.cuda:
             return Gpus()
-        rollout, train = self.asked.resources.rollout_gpus, self.asked.resources.train_gpus
-        visible = self.facts.visible_gpus
-        beyond = max((gpu.index for gpu in visible), default=-1) + 1
-        slots = [*(gpu.index for gpu in visible), *range(beyond, beyond + rollout + train)]
-        start = 0 if self.asked.resources.share_gpus or not self.serves else rollout
-        trainer = slots[start : start + train] if self.trains else []
-        slowest = pace([gpu for gpu in visible if gpu.index in trainer], self.facts.peer_link)
-        return Gpus(self.facts.gpu_sizes, slots[:rollout] if self.serves else [], trainer, slowest)
+        asked, known = self.asked.resources, {host: machine for host, machine in self.machines.items() if machine}
+        engines, ranks = asked.rollout_gpus if self.serves else 0, asked.train_gpus if self.trains else 0
+        seats: Seats = seat(asked, self.machines, engines, ranks)
+        sizes = {GpuId(i, host): size for host, machine in known.items() for i, size in machine.gpu_sizes.items()}
+        own = set(seats.trainer)
+        slow = [gpu for host, machine in known.items() for gpu in machine.visible_gpus if GpuId(gpu.index, host) in own]
+        others = [host for host in dict.fromkeys(gpu.host for gpu in seats.trainer) if host is not None]
+        links = [known[host].link if host in known else None for host in others]
+        slowest = pace(slow, self.facts.peer_link, over_network(links) if others else None)
+        return Gpus(sizes, seats.engines, seats.trainer, slowest)
 
     @cached_property
     def _settled(self) -> tuple[Recipe, str | None]:
@@ -213,8 +225,9 @@ class _Draft:
     def processes(self) -> list[ProcessPlan]:
         recipe, gpus, train = self.asked, self.gpus, self.trains
         resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
-        engine_count = len(gpus.engine) if self.cuda else resources.engines if self.serves else 0
-        homes = hosts.spread(engine_count, recipe.launch.agents if self.command == "train" else ())
+        homes, ranked = cpu_hosts(resources, list(self.machines), resources.engines if self.serves else 0)
+        if self.cuda:
+            homes, ranked = [gpu.host for gpu in gpus.engine], [gpu.host for gpu in gpus.trainer]
         result = [
             self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1], host=home) for i, home in enumerate(homes)
         ]
@@ -223,15 +236,15 @@ class _Draft:
         elif self.command in ("train", "rollout"):
             for n, home in enumerate(dict.fromkeys(homes or [None])):  # one worker a host, for the engines there
                 result.append(self._process(f"rollout{n or ''}", Role.ROLLOUT, children=workers, host=home))
-        ranks = (len(gpus.trainer) if self.cuda else resources.train_ranks) if train else 0
-        for rank in range(ranks):
+        ranks = len(ranked) if train else 0
+        for rank, home in enumerate(ranked[:ranks]):
             own, name = gpus.trainer[rank : rank + 1], f"trainer{rank or ''}"
-            result.append(self._process(name, Role.TRAINER, own, rank=rank, world_size=ranks))
+            result.append(self._process(name, Role.TRAINER, own, host=home, rank=rank, world_size=ranks))
         if self.command == "eval" or (train and recipe.eval.benchmarks and recipe.eval.every):
             result.append(self._process("eval", Role.EVAL, children=workers))
         return result
 
-    def _process(self, name: str, role: Role, gpus: Sequence[int] = (), **more: Any) -> ProcessPlan:
+    def _process(self, name: str, role: Role, gpus: Sequence[GpuId] = (), **more: Any) -> ProcessPlan:
         launch, threads, engine = self.asked.launch, self.asked.resources.threads, role is Role.ENGINE
         start = engines.of(self.asked).start(self.asked)
         count = {Role.ENGINE: threads.engine, Role.TRAINER: threads.trainer}.get(role, threads.other)
@@ -240,7 +253,7 @@ class _Draft:
             restarts = 0  # a wave whose engine dies begins again, whole, and that is what a resume does
         env = {
             **self.choice.env,
-            "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+            "CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus),
             "OMP_NUM_THREADS": str(count),
             "TOKENIZERS_PARALLELISM": "false",
             **(start.env if engine else {}),
@@ -251,7 +264,7 @@ class _Draft:
             role=role,
             module=start.module if engine else MODULES[role],
             python=start.python if engine else None,
-            gpus=tuple(gpus),
+            gpus=tuple(gpu.index for gpu in gpus),
             threads=count,
             nice=0 if role in (Role.ENGINE, Role.TRAINER) else 5,
             restarts=restarts,
@@ -260,7 +273,7 @@ class _Draft:
         )
 
     def placement(self, host: int | None = None) -> Placement:
-        """`host`: bytes that trainers may use there, None while there is enough."""
+        """`host`: bytes of a host's memory that its trainers may use, None while there is enough."""
         if not self.cuda:
             ranks = self.recipe.resources.train_ranks if self.trains else 1
             return place_on_cpu(self.recipe, ranks)
@@ -275,7 +288,7 @@ class _Draft:
         rows, recipe, shape, device = [light_row("supervisor")], self.recipe, self.shape, self.choice.device
         for process in self.processes:
             if process.role is Role.ENGINE and shape:
-                size = self.gpus.smallest(process.gpus)
+                size = self.gpus.smallest(process.gpu_ids)
                 static = None if size is None else int((placement.mem_fraction_static or 0.0) * size)
                 rows += engines.of(recipe).memory.rows(process.name, shape, recipe, device, reserved=static)
             elif process.role is Role.TRAINER and shape:
@@ -292,29 +305,34 @@ class _Draft:
     def on_shared_gpus(self) -> set[str]:
         """Processes on a GPU that an engine and a trainer use."""
         shared = set(self.gpus.engine) & set(self.gpus.trainer)
-        return {process.name for process in self.processes if shared & set(process.gpus)}
+        return {process.name for process in self.processes if shared & set(process.gpu_ids)}
 
     def room_on_host(self, rows: Sequence[MemoryRow]) -> int | None:
-        """What others leave trainers of a host that is too small for all of them; None where all fit."""
-        size = self.facts.system.memory_total
-        if total(rows, where="host", fixed=True) <= size:
-            return None
-        others = [process.name for process in self.processes if process.role is not Role.TRAINER]
-        return int(size - total(rows, where="host", fixed=True, processes=[*others, "supervisor"]))
+        """What others leave trainers of a host that is too small for all of them, of the smallest such host; None where
+        all fit."""
+        others = [*(process.name for process in self.processes if process.role is not Role.TRAINER), "supervisor"]
+        left = []
+        for host in dict.fromkeys(process.host for process in self.processes if process.role is Role.TRAINER):
+            machine = self.machines[host]
+            if machine is None or total(rows, where="host", fixed=True, host=host) <= machine.system.memory_total:
+                continue
+            taken = total(rows, where="host", fixed=True, processes=others, host=host)
+            left.append(machine.system.memory_total - taken)
+        return min(left, default=None)
 
     def room_to_publish(self, rows: Sequence[MemoryRow], time_sharing: bool) -> set[str]:
         """Trainers whose GPU has room for two published versions beside all else; each rank finds out for itself
         (`weights.snapshot`). One that leaves its GPU to the engine keeps them on the host."""
-        sizes, leaves = self.facts.gpu_sizes, self.on_shared_gpus if time_sharing else set()
+        sizes, leaves = self.gpus.sizes, self.on_shared_gpus if time_sharing else set()
         held = {row.process: row.bytes for row in rows if row.component is Component.PUBLISHED}
 
-        def fits(gpu: int, trainer: str) -> bool:
-            names = [process.name for process in self.processes if gpu in process.gpus]
+        def fits(gpu: GpuId, trainer: str) -> bool:
+            names = [process.name for process in self.processes if gpu in process.gpu_ids]
             need = on_gpu(solid(rows), names) + held[trainer] + SPARE_BYTES
             return gpu in sizes and need <= sizes[gpu]
 
         there = [p for p in self.processes if p.name in held and p.gpus and p.name not in leaves]
-        return {p.name for p in there if all(fits(gpu, p.name) for gpu in p.gpus)}
+        return {p.name for p in there if all(fits(gpu, p.name) for gpu in p.gpu_ids)}
 
 
 def _model(shape: MemoryShape, recipe: Recipe) -> dict[str, Any]:

@@ -121,10 +121,10 @@ class TrainerLoad:
         return moved.seconds(self.shape.parameters, self.ranks, self.pace.peers.rate)
 
 
-def pace(gpus: Sequence[Gpu], link: PeerLink | None = None) -> Pace:
-    """The slowest of these GPUs. `link`: how they reach each other."""
+def pace(gpus: Sequence[Gpu], link: PeerLink | None = None, network: Peers | None = None) -> Pace:
+    """The slowest of these GPUs. `link`: how they reach each other on a host; `network`: between hosts."""
     speeds = ((peak(gpu.name, gpu.compute_capability), LINK[9 if gpu.capability[0] >= 9 else 8]) for gpu in gpus)
-    between = peers(gpus, link)
+    between = min(filter(None, [peers(gpus, link), network]), key=lambda found: found.rate)
     each = [Pace(REACHED * tflops * 1e12, rate, between) for tflops, rate in speeds]
     return min(each, key=lambda found: found.flops, default=USUAL_PACE)
 

@@ -46,6 +46,7 @@ from astracli.process.worker import LOST_EXIT
 from astracli.runs.run_dir import RunDir
 from astracli.weights.receive.host_cache import HostCache
 
+FACTS = documents.load("laptop").document()
 RUN = "token-of-the-run"
 __all__ = ["server"]  # a fixture
 VERSIONS = {"astracli": "1.0", "transformers": "5.0"}
@@ -424,7 +425,7 @@ def test_an_agent_that_hears_no_hub_ends_its_processes(fleets: Fleets) -> None:
 def test_a_host_that_joins_brings_an_engine_that_waits_for_checked_weights(fleets: Fleets) -> None:
     assert list(fleets.fleet.newcomers()) == []
     fleets.fleet.agents.join(
-        "new", fleets.fleet.agents.ticket("new"), "i", "127.0.0.1", [7001], fleet_versions(), {}, "x"
+        "new", fleets.fleet.agents.ticket("new"), "i", "127.0.0.1", [7001], fleet_versions(), FACTS, "x"
     )
     engine, rollout = fleets.fleet.newcomers()
     assert list(fleets.fleet.newcomers()) == [], "each host once"

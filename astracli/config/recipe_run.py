@@ -161,8 +161,8 @@ class LaunchTable(Table):
             return None
         if wanted > there:
             return (
-                f"resources.train_hosts = {wanted} asks for more hosts than launch.hosts names ({there}): name them, as "
-                '`launch.hosts = ["a", "b"]`'
+                f"resources.train_hosts = {wanted} asks for more hosts than launch.hosts names ({there}): name "
+                'them, as `launch.hosts = ["a", "b"]`'
             )
         key = "train_gpus" if resources.train_gpus else "train_ranks"
         ranks = getattr(resources, key)

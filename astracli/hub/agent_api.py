@@ -4,6 +4,7 @@ POST /agent/join      with the ticket: facts, versions and address of its host i
 POST /agent/orders    what it is to do, a long poll
 POST /agent/report    what its processes do, and what they wrote
 POST /agent/leave     it ends
+GET  /agent/link      made-up bytes, by which an agent measures how many a second reach its host
 GET  /agent/input/N   a file that processes read before they start: of the model, or problems
 
 An agent passes on what its processes ask the hub, under its own token: leases, groups, heartbeats, versions. It may not
@@ -12,13 +13,14 @@ ask for batches or announce versions.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +38,8 @@ FOR_PROCESSES = (
 """What the processes of an agent's host ask."""
 LARGEST = 1 << 28
 """Bytes of the largest request that an agent may send: a group of long completions is a few megabytes."""
+LINK_BYTES, LINK_PIECE = 64 << 20, 256 << 10
+"""What an agent gets at most to measure its link, and in one piece."""
 LARGEST_OWN = 8 << 20
 """Of one that it makes itself: facts, reports."""
 
@@ -46,7 +50,7 @@ def may(holder: str | None, path: str) -> bool:
     if holder is None:
         return not path.startswith("/agent/")
     if holder.startswith(TICKET):
-        return path == "/agent/join"
+        return path in ("/agent/join", "/agent/link")
     return path in FOR_PROCESSES or (path.startswith(("/agent/", "/weights")) and path != "/agent/join")
 
 
@@ -145,10 +149,22 @@ def routes(agents: Agents, wait: Answer, inputs: Callable[[str], Path | None]) -
         path = inputs(request.path_params["name"])
         return _refuse(404, "there is no such file") if path is None else FileResponse(path)
 
+    async def link(request: Request) -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            piece = secrets.token_bytes(LINK_PIECE)  # nothing in between can make it smaller
+            for _ in range(LINK_BYTES // LINK_PIECE):
+                yield piece
+
+        return StreamingResponse(parts(), media_type="application/octet-stream")
+
     named: dict[str, Callable[..., dict[str, Any]]] = {
         "/agent/join": join,
         "/agent/orders": orders,
         "/agent/report": report,
         "/agent/leave": leave,
     }
-    return [*(route(path, read) for path, read in named.items()), Route("/agent/input/{name}", file)]
+    return [
+        *(route(path, read) for path, read in named.items()),
+        Route("/agent/input/{name}", file),
+        Route("/agent/link", link),
+    ]

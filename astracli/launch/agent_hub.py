@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import httpx
 
 from astracli.errors import RunFailed
 from astracli.process import intact
+
+LINK_S = 0.25
+"""How long the link to the hub is measured."""
 
 
 class Hub:
@@ -30,6 +34,27 @@ class Hub:
             said = reply.json()
             raise RunFailed(f"the hub refused: {said['error']}", said.get("hint"))
         return reply
+
+    def link(self) -> float | None:
+        """Bytes/s that come from the hub's host, over `LINK_S` after the first; None when it says nothing of use.
+        Raises Revoked for a token that it does not take."""
+        began, got = 0.0, 0
+        with self._http.stream("GET", "/agent/link", headers={"Authorization": f"Bearer {self.token}"}) as reply:
+            if reply.status_code == 401:
+                raise Revoked("the hub does not take this agent's token")
+            if reply.status_code >= 500:
+                raise httpx.RemoteProtocolError(f"the hub answered {reply.status_code}")
+            if reply.status_code != 200:
+                return None
+            for part in reply.iter_raw():
+                if not began:
+                    began = time.monotonic()
+                    continue
+                got += len(part)
+                if time.monotonic() - began > LINK_S:
+                    break
+        seconds = time.monotonic() - began
+        return got / seconds if got and seconds > 0 else None
 
     def fetch(self, digest: str, size: int, path: Path) -> None:
         """A file that processes read. Raises RunFailed."""

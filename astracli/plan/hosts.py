@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from astracli.backends.choice import BackendChoice, choose
@@ -20,6 +21,8 @@ from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import Role
 
 TOO_SMALL = "give it fewer processes (`resources.engines`, `resources.rollout_gpus`), or name a larger host"
+SAME_SIZE = 0.98
+"""GPUs of one name differ by so much in what they say of their memory."""
 OF_ENGINES = ("engine", "serving_attention", "linear_attention")
 """What a host with engines alone must choose as the first does."""
 
@@ -123,3 +126,35 @@ def unlike(
             hint = "name hosts with GPUs and packages of one kind, or set that choice in the recipe"
             found.append(PlanProblem("gpus", f"a host like the first for {host}", message, hint))
     return found
+
+
+def refusal_of_newcomer(plan: LaunchPlan, machine: Machine) -> str | None:
+    """Why a host that would join a run can serve none of its engines; None when it can. An engine there reserves the
+    same part of its GPU as the others."""
+    if not machine.visible_gpus:
+        return "it has no GPU, and the engines of this run need one"
+    if machine.torch_cuda is None:
+        return "torch there is built without CUDA"
+    known = [plan.gpu_sizes.get(gpu) for each in plan.processes if each.role is Role.ENGINE for gpu in each.gpu_ids]
+    least = min(filter(None, known), default=0)
+    small = [gpu for gpu in machine.visible_gpus if (gpu.memory_total or 0) < SAME_SIZE * least]
+    if small:
+        has = words(small[0].memory_total or 0)
+        return f"GPU {small[0].index} there has {has}, the engines of this run have {words(least)} or more"
+    return None
+
+
+def joining(plan: LaunchPlan, host: str, machine: Machine | None, engines: int, workers: int) -> list[ProcessPlan]:
+    """The processes of a host that joins: an engine on each of its GPUs, or one on its CPU, and a rollout worker.
+    `engines`, `workers`: how many of each have a name already."""
+    first = {role: next(each for each in plan.processes if each.role is role) for role in (Role.ENGINE, Role.ROLLOUT)}
+    places: list[tuple[int, ...]] = [()]
+    if plan.choice.device == "cuda" and machine is not None:
+        places = [(gpu.index,) for gpu in machine.visible_gpus]
+    made = []
+    for n, gpus in enumerate(places):
+        env = {**first[Role.ENGINE].env, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        name = f"{Role.ENGINE.value}{engines + n}"
+        made.append(replace(first[Role.ENGINE], name=name, host=host, gpus=gpus, env=env, restarts=0))
+    worker = replace(first[Role.ROLLOUT], name=f"{Role.ROLLOUT.value}{workers or ''}", host=host, restarts=0)
+    return [*made, worker]

@@ -79,7 +79,7 @@ def _taken(subject: Subject) -> Iterator[Check]:
         yield Check("gpus in use", GROUP, "ok", "the recipe uses none")
         return
     mine = plan.gpu_map if plan is not None and subject.cuda else {}
-    used = {gpu.index: names for gpu, names in mine.items() if gpu.host is None}
+    used = {gpu.index: names for gpu, names in mine.items() if gpu.host == subject.host}
     every = subject.facts.visible_gpus
     gpus = [gpu for gpu in every if gpu.index in used] if used else every
     busy = False

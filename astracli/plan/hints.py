@@ -83,9 +83,11 @@ def _placements(recipe: Recipe, command: str, gpus: int) -> Iterator[Sets]:
 
 
 def _over_hosts(recipe: Recipe, first: int, others: int) -> Iterator[Sets]:
-    """Splits of GPUs of several hosts: the recipe's own, then all of the first for the trainer, then fewer."""
+    """Splits of GPUs of several hosts: the recipe's own, then its trainer with all other GPUs for engines, then all of
+    the first host for the trainer, then fewer."""
     yield {}
-    for train in range(first, 0, -1):
+    own = recipe.resources.train_gpus
+    for train in dict.fromkeys([*([own] if own <= first else []), *range(first, 0, -1)]):
         splits = {"resources.rollout_gpus": others + first - train, "resources.train_gpus": train}
         yield splits | {"resources.share_gpus": False, "resources.train_hosts": 1}
 

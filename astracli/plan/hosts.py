@@ -15,12 +15,16 @@ from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import words
 from astracli.models.adapter import ModelAdapter
+from astracli.plan.cost import TrainerLoad
 from astracli.plan.memory import total
 from astracli.plan.offload import Reason
 from astracli.plan.types import LaunchPlan, ProcessPlan
 from astracli.process.config import Role
+from astracli.process.layout import Split
 
 TOO_SMALL = "give it fewer processes (`resources.engines`, `resources.rollout_gpus`), or name a larger host"
+MOSTLY = 0.5
+"""Of a step."""
 SAME_SIZE = 0.98
 """GPUs of one name differ by so much in what they say of their memory."""
 OF_ENGINES = ("engine", "serving_attention", "linear_attention")
@@ -126,6 +130,17 @@ def unlike(
             hint = "name hosts with GPUs and packages of one kind, or set that choice in the recipe"
             found.append(PlanProblem("gpus", f"a host like the first for {host}", message, hint))
     return found
+
+
+def slow_ranks(load: TrainerLoad, split: Split) -> list[str]:
+    """When ranks on several hosts spend most of a step on what they exchange."""
+    peers, spent = load.pace.peers, load.communication_seconds(split) / load.step_seconds(split)
+    if peers.link != "network" or spent < MOSTLY:
+        return []
+    return [
+        f"the trainer's ranks spend {spent:.0%} of a step on {peers.words} (estimated): the GPUs of one host alone "
+        "(resources.train_hosts = 1) may be as quick; a faster network, or a larger train.batch_groups, helps"
+    ]
 
 
 def refusal_of_newcomer(plan: LaunchPlan, machine: Machine) -> str | None:

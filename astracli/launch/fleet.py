@@ -90,7 +90,7 @@ class Fleet:
     def _judge(self, host: str, facts: Mapping[str, Any]) -> str | None:
         """Why a host with these facts cannot join; those of the plan are planned with when all are here."""
         try:
-            machine = validate(facts)
+            machine = validate(facts).limited(self._context.recipe.resources.gpu_memory_gib)
         except UserError as error:
             return error.message
         planned = host in self._limits.agents or self._context.plan.choice.device == "cpu"

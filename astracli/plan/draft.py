@@ -81,6 +81,7 @@ class Draft:
             disk=tuple(disk),
             model=_model(shape, recipe) if shape else {},
             gpu_sizes=self.gpus.sizes if self.cuda else {GpuId(i): size for i, size in facts.gpu_sizes.items()},
+            gpu_share=min(machine.gpu_share for machine in self.machines.values() if machine is not None),
             host_size=facts.system.memory_total,
             host_sizes={host: machine.system.memory_total for host, machine in self.fleet.items()},
             running_requests=recipe.rollout.running,

@@ -60,7 +60,9 @@ class LaunchPlan:
     placement: Placement = field(default_factory=Placement)
     """What lies where on GPUs and host, and why."""
     gpu_sizes: Mapping[GpuId, int] = field(default_factory=dict)
-    """Bytes of every GPU that the hosts show, as far as they are known."""
+    """Bytes of every GPU that the hosts show, as far as they are known and the recipe may use them."""
+    gpu_share: float = 1.0
+    """Of each card's memory, what the recipe may use; the least of them."""
     host_size: int = 0
     """Bytes of the first host's memory."""
     host_sizes: Mapping[str, int] = field(default_factory=dict)

@@ -192,7 +192,7 @@ def build_app(
     if weights_app is not None:
         routes.append(Mount("/weights", weights_app))
     if agents is not None:
-        routes += agent_api.routes(agents, _Pulse(agents).answer, inputs)
+        routes += agent_api.routes(agents, _Pulse(agents).answer, inputs, hub.status, lambda: store.stop_requested)
     known: Any = dict.fromkeys((BadRequest, AstraError, OSError, sqlite3.OperationalError), _on_error)
     app: ASGIApp = Starlette(routes=routes, exception_handlers=known)
     refusal = _error(401, "missing or wrong token")

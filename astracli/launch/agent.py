@@ -25,7 +25,7 @@ from astracli.hub.wire import unpack_answer
 from astracli.launch import fleet
 from astracli.launch.agent_hub import Hub, Revoked
 from astracli.launch.agent_processes import HostProcesses, Local
-from astracli.launch.agent_relay import relay_app
+from astracli.launch.agent_relay import Beats, relay_app
 from astracli.launch.host_inputs import found
 from astracli.machine import read as machine_read
 from astracli.process import ports
@@ -70,6 +70,7 @@ class Agent:
         self._end = threading.Event()
         """The hub has ordered the end."""
         self._failure: RunFailed | None = None
+        self._beats = Beats()
         self._held = contextlib.ExitStack()
         """The ports that were named to the hub are this host's processes'."""
 
@@ -79,7 +80,7 @@ class Agent:
         setup, joined = self._setup, self._join()
         say(f"joined run {joined.run} from {self._address}; files in {setup.folder}")
         cache = HostCache(setup.url, joined.token, setup.folder / "weights")
-        app = relay_app(setup.url, joined.token, joined.host_token, cache)
+        app = relay_app(setup.url, joined.token, joined.host_token, cache, self._beats)
         with contextlib.ExitStack() as stack:
             stack.callback(self._hub.close)
             stack.enter_context(self._held)
@@ -158,7 +159,7 @@ class Agent:
                     "start the agent again when the hub can be reached, with the token file of then",
                 )
                 return "has not heard the hub for its lease"
-            if processes.any_ended() or time.monotonic() - told > REPORT_S:
+            if self._beats.urgent.is_set() or processes.any_ended() or time.monotonic() - told > REPORT_S:
                 told = time.monotonic()
                 self._try(lambda: self._report(processes))
             self._end.wait(LOOK_S)
@@ -173,8 +174,14 @@ class Agent:
 
     def _report(self, processes: HostProcesses, ends: bool = True) -> None:
         body, told = processes.news(ends)
-        self._hub.post("/agent/report", body)
+        beats = self._beats.take()
+        try:
+            reply = self._hub.post("/agent/report", {**body, "beats": beats})
+        except (httpx.TransportError, RunFailed):
+            self._beats.put_back(beats)
+            raise
         self._heard = time.monotonic()
+        self._beats.stop = bool(reply.json()["stop"])
         told()
 
     def _follow(self, processes: HostProcesses) -> None:

@@ -171,12 +171,15 @@ def routes(
         return _refuse(404, "there is no such file") if path is None else FileResponse(path)
 
     async def link(request: Request) -> Response:
+        asked = request.query_params.get("bytes", "")
+        size = min(int(asked), LINK_BYTES) if asked.isascii() and asked.isdigit() and len(asked) < 12 else 0
+
         async def parts() -> AsyncIterator[bytes]:
             piece = secrets.token_bytes(LINK_PIECE)  # nothing in between can make it smaller
-            for _ in range(LINK_BYTES // LINK_PIECE):
-                yield piece
+            for at in range(0, size, LINK_PIECE):
+                yield piece[: size - at]
 
-        return StreamingResponse(parts(), media_type="application/octet-stream")
+        return StreamingResponse(parts(), media_type="application/octet-stream", headers={"content-length": str(size)})
 
     named: dict[str, Callable[..., dict[str, Any]]] = {
         "/agent/join": join,

@@ -14,7 +14,9 @@ from astracli.errors import RunFailed
 from astracli.process import intact
 
 LINK_S = 0.25
-"""How long the link to the hub is measured."""
+"""How long one answer may take by which the link to the hub is measured."""
+LINK_BYTES = 64 << 10, 64 << 20
+"""Of the first such answer, and of the largest."""
 
 
 class Hub:
@@ -25,7 +27,7 @@ class Hub:
         self.url, self.token = url, token
 
     def post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        reply = self._http.post(path, content=json.dumps(body), headers={"Authorization": f"Bearer {self.token}"})
+        reply = self._http.post(path, content=json.dumps(body), headers=self._headers)
         if reply.status_code == 401:
             raise Revoked("the hub does not take this agent's token")
         if reply.status_code >= 500:
@@ -36,31 +38,35 @@ class Hub:
         return reply
 
     def link(self) -> float | None:
-        """Bytes/s that come from the hub's host, over `LINK_S` after the first; None when it says nothing of use.
-        Raises Revoked for a token that it does not take."""
-        began, got = 0.0, 0
-        with self._http.stream("GET", "/agent/link", headers={"Authorization": f"Bearer {self.token}"}) as reply:
+        """Bytes/s that come from the hub's host; None when it says nothing of use. What is asked for grows until it
+        takes `LINK_S`. Raises Revoked for a token that it does not take."""
+        size, rate = LINK_BYTES[0], None
+        while True:
+            began = time.monotonic()
+            reply = self._http.get("/agent/link", params={"bytes": size}, headers=self._headers)
             if reply.status_code == 401:
                 raise Revoked("the hub does not take this agent's token")
             if reply.status_code >= 500:
                 raise httpx.RemoteProtocolError(f"the hub answered {reply.status_code}")
-            if reply.status_code != 200:
-                return None
-            for part in reply.iter_raw():
-                if not began:
-                    began = time.monotonic()
-                    continue
-                got += len(part)
-                if time.monotonic() - began > LINK_S:
-                    break
-        seconds = time.monotonic() - began
-        return got / seconds if got and seconds > 0 else None
+            if reply.status_code != 200 or len(reply.content) != size:
+                return rate
+            seconds = time.monotonic() - began
+            rate = size / max(seconds, 1e-6)
+            if seconds > LINK_S / 2 or size == LINK_BYTES[1]:
+                return rate
+            size = min(max(4 * size, int(rate * LINK_S)), LINK_BYTES[1])
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
 
     def fetch(self, digest: str, size: int, path: Path) -> None:
         """A file that processes read. Raises RunFailed."""
-        headers = {"Authorization": f"Bearer {self.token}"}
         try:
-            with self._http.stream("GET", f"/agent/input/{digest}", headers=headers) as reply, path.open("wb") as file:
+            with (
+                self._http.stream("GET", f"/agent/input/{digest}", headers=self._headers) as reply,
+                path.open("wb") as file,
+            ):
                 if reply.status_code != 200:
                     raise RunFailed(f"the hub answered {reply.status_code} for a file of {size} bytes")
                 for part in reply.iter_bytes(1 << 20):

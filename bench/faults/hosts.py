@@ -40,7 +40,7 @@ from faults.disks import can_mount, disk, fill
 from faults.network import HOOK
 from faults.relay import Relay, Weather
 
-LEASE_S = 6.0
+LEASE_S = 10.0
 MBIT = 125_000
 
 
@@ -76,7 +76,7 @@ class Case:
         return self.hosts.attempt.wait(lambda: max(self.hosts.attempt.steps(), default=-1) >= steps, 400)
 
     def some_steps(self) -> None:
-        self.trained(self.draw.randrange(1, max(2, self.steps // 2)))
+        self.trained(self.draw.randrange(1, max(2, self.steps // 4)))
         time.sleep(self.draw.uniform(0.0, 1.0))
 
     def expect(self, held: bool, words: str) -> None:

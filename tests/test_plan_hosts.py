@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from test_plan import load
+from test_plan_speed import SHAPE
 
 from astracli.backends import choice as backend
 from astracli.config import recipe_io
@@ -15,15 +16,19 @@ from astracli.doctor import checks
 from astracli.errors import UserError
 from astracli.machine import documents
 from astracli.machine.facts import Machine
+from astracli.machine.memory import Component
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import hosts
 from astracli.plan.communication import Peers, over_network
+from astracli.plan.cost import Pace, TrainerLoad
 from astracli.plan.memory import DELTA_SHARE, on_gpu, total
 from astracli.plan.seats import GpuId, cpu_hosts, seat
+from astracli.plan.trainer import trainer_rows
 from astracli.plan.types import LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.config import Role
+from astracli.process.layout import Split
 
 NAME = "qwen3.5-4b-m2po-delta"
 L40, ONE, H100 = documents.load("8xl40"), documents.load("1xl40"), documents.load("8xh100")
@@ -239,3 +244,36 @@ def test_doctor_judges_each_host_and_its_link() -> None:
 def test_ranks_over_hosts_that_are_refused(sets: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         recipe_io.load("qwen3.5-tiny-m2po-delta", sets)
+
+
+def test_hosts_that_hold_the_same_exchange_gradients_once_an_update() -> None:
+    """Two hosts of 8 GPUs, four updates: what FSDP moves within a host, and 4 bytes a gradient between hosts, there and
+    back, of which each host sends half."""
+    recipe = load(NAME, "train.batch_groups=16", "rollout.max_running_requests=32")
+    pace = Pace(peers=Peers("network", 1e9), inside=Peers("NVLink", 100e9))
+    two = TrainerLoad(recipe, SHAPE, 16, pace, hosts=2)
+    split = Split(sharding="parameters", replicas=2)
+    split_of_8 = Split(sharding="parameters")
+    inside = TrainerLoad(recipe, SHAPE, 8, Pace(peers=Peers("NVLink", 100e9))).communication_seconds(split_of_8)
+    between = 4 * 4 * SHAPE.parameters / 1e9  # both have the fewest micro-batches, one an update
+    assert two.communication_seconds(split) == pytest.approx(inside + between)
+    flat = two.communication_seconds(split_of_8)
+    assert two.communication_seconds(split) < flat / 2
+    held = {r.component: r.bytes for r in trainer_rows("t", two, "cuda", split)}
+    alone = {r.component: r.bytes for r in trainer_rows("t", TrainerLoad(recipe, SHAPE, 8), "cuda", split_of_8)}
+    assert held[Component.MASTERS] == alone[Component.MASTERS] == 4 * -(-SHAPE.parameters // 8)
+
+
+def test_ranks_of_hosts_divide_among_those_of_a_host_where_the_network_is_slow() -> None:
+    sets = (
+        "resources.rollout_gpus=8",
+        "resources.train_gpus=16",
+        "resources.train_hosts=2",
+        'launch.network="private"',
+    )
+    result = cluster({"b": H100, "c": H100}, *sets, first=H100)
+    assert result.placement.split.replicas == 2 and result.placement.split.sharding != "optimizer"
+    (reason,) = [r for r in result.placement.reasons if r.what == "16 ranks divide"]
+    assert reason.where.endswith(", among those of a host; 2 hosts hold the same")
+    exact = cluster({"b": H100, "c": H100}, *sets, "launch.deterministic=true", "train.max_staleness=0", first=H100)
+    assert exact.placement.split.replicas == 1, "the sums of one host"

@@ -212,7 +212,7 @@ class Draft:
         """What the trainer computes on its GPUs; None without any, or where the model's sizes are not known."""
         if self.shape is None or not self.gpus.trainer:
             return None
-        return TrainerLoad(self.recipe, self.shape, len(self.gpus.trainer), self.gpus.pace)
+        return TrainerLoad(self.recipe, self.shape, len(self.gpus.trainer), self.gpus.pace, self.gpus.train_hosts)
 
     def transfers(self, placement: Placement) -> Transfers | None:
         """Of versions to other hosts; None where nothing is known of them."""

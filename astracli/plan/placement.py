@@ -70,8 +70,8 @@ class Gpus:
         return bool(set(self.engine) & set(self.trainer))
 
     @property
-    def ranks_on_a_host(self) -> int:
-        return len(self.trainer) // max(1, len({gpu.host for gpu in self.trainer}))
+    def train_hosts(self) -> int:
+        return max(1, len({gpu.host for gpu in self.trainer}))
 
     def smallest(self, gpus: Sequence[GpuId]) -> int | None:
         """Bytes of the smallest of these; None when that is not known."""
@@ -84,9 +84,9 @@ def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | Non
     fraction, shared = memory.share(recipe), gpus.shared
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
-    size, load = gpus.smallest(gpus.trainer), TrainerLoad(recipe, shape, len(gpus.trainer), gpus.pace)
+    size, load = gpus.smallest(gpus.trainer), TrainerLoad(recipe, shape, len(gpus.trainer), gpus.pace, gpus.train_hosts)
     time_sharing = shared and shares_time(load, size)
-    part = None if host is None else host // max(1, gpus.ranks_on_a_host)
+    part = None if host is None else host // max(1, len(gpus.trainer) // gpus.train_hosts)
     chosen = _trainer(load, size, shared, time_sharing, part) if gpus.trainer else Choice(RESIDENT, False, ())
     reasons = list(chosen.reasons)
     if load.ranks > 1:

@@ -55,6 +55,8 @@ class AgentSetup:
     wait_s: float = 600.0
     """For a hub that is not there yet."""
     versions: Mapping[str, str] = field(default_factory=fleet.versions)
+    read_again: Callable[[], str] | None = None
+    """The token that is there now: a run that is resumed writes new ones. None: there is only this one."""
 
 
 class Agent:
@@ -87,6 +89,7 @@ class Agent:
             stack.callback(cache.close)
             relay = ServerThread(app, ports.bind()).start()
             stack.callback(relay.stop)
+            stack.callback(self._beats.over.set)
             local = Local(
                 setup.folder,
                 relay.url,
@@ -132,6 +135,10 @@ class Agent:
                 self._interrupted.wait(0.5)
                 continue
             except Revoked:
+                fresh = self._setup.read_again() if self._setup.read_again is not None else self._hub.token
+                if fresh != self._hub.token:
+                    self._hub.token = fresh
+                    continue
                 raise UserError(
                     f"the hub at {self._setup.url} does not take this token",
                     "a token is good for one agent of one run: take the file that `astra train` names now",

@@ -39,6 +39,8 @@ class Beats:
         self._states: dict[str, Any] = {}
         self.urgent = threading.Event()
         """A state has changed, or there is a warning: it should not wait for the next report."""
+        self.over = threading.Event()
+        """The agent ends: nobody asks the hub any more."""
         self.stop = False
         """The run asks its processes to finish, as the hub said last."""
 
@@ -72,7 +74,7 @@ def relay_app(hub_url: str, token: str, host_token: str, cache: HostCache, beats
 
     async def forward(request: Request) -> Response:
         body = await request.body()
-        while not await request.is_disconnected():
+        while not (beats.over.is_set() or await request.is_disconnected()):
             try:
                 reply = await hub.request(request.method, request.url.path, body, timeout=ANSWER_S)
             except (HttpError, TimeoutError):

@@ -300,6 +300,8 @@ class Row:
     """Host `b` reaches the hub through a relay."""
     env: dict[str, str] = field(default_factory=dict)
     """Of host `b`'s agent."""
+    least_steps: int = 0
+    """So that there is work while it happens."""
 
 
 ROWS = {
@@ -317,8 +319,8 @@ ROWS = {
     "versions": Row(versions, joins_itself=True),
     "clock-ahead": Row(clock, env={"ASTRA_FAULTS_CLOCK": "3600"}),
     "clock-behind": Row(clock, env={"ASTRA_FAULTS_CLOCK": "-3600"}),
-    "join": Row(join),
-    "several": Row(several),
+    "join": Row(join, least_steps=120),
+    "several": Row(several, least_steps=200),
     "disk": Row(full_disk),
     "supervisor": Row(supervisor),
 }
@@ -327,6 +329,7 @@ ROWS = {
 
 def played(name: str, place: Path, draw: random.Random, steps: int, joins: int) -> dict[str, Any]:
     row, began = ROWS[name], time.monotonic()
+    steps = max(steps, row.least_steps)
     sets = [one for one in SMALL if not one.startswith("train.steps")]
     sets += [f"train.steps={steps}", f"launch.agent_lease_s={LEASE_S}", "resources.engines=2"]
     case = Case(name, Hosts(place / "run", sets), draw, steps)

@@ -1,6 +1,6 @@
 """Runs over three hosts, each with something that goes wrong on one of them; then the books.
 
-    python bench/faults/hosts.py [--rows kill term freeze ...] [--times 1] [--steps 24] [--seed 0] [--run-dir DIR]
+    python bench/faults/hosts.py [--rows kill term freeze ...] [--times 1] [--steps 60] [--seed 0] [--run-dir DIR]
 
 The hosts are loopback addresses of this machine. Each row is a run: its agents are killed, told to leave or stopped for
 longer (`freeze`) or less (`hold`) than their lease at a random moment; killed as they start, while a group is
@@ -380,7 +380,7 @@ def _end(case: Case) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__, times=1, seed=0, steps=24, joins={10: "of the row `several`"}, run_dir=Path)
+    parser = options(__doc__, times=1, seed=0, steps=60, joins={10: "of the row `several`"}, run_dir=Path)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     args = parser.parse_args()
     draw, rows = random.Random(args.seed), []

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import shared
 from loop.kill_resume import Attempt
-from shared import ASTRA, start
+from shared import ASTRA
 
 
 def free_port() -> int:
@@ -55,14 +56,14 @@ class Hosts:
     def give(self, host: str, *more: str, env: Mapping[str, str] | None = None, before: Iterable[str] = ()) -> int:
         """-> the number of the agent."""
         token = self.token("new" if "--name" in more else host)
-        if not self.attempt.wait(token.exists):
+        if not self.attempt.wait(token.exists, self.attempt.seconds + 120):
             return -1  # the run has ended
         place = self.folder(host)
         url = self.urls.get(host, f"http://127.0.0.1:{self.port}")
         words = [*before, *ASTRA, "agent", url, "--token-file", str(token), "--dir", str(place), *more]
         words += [] if "--address" in more else ["--address", self.address(host)]
         own = {**os.environ, **self.env, **(env or {})}
-        self.agents[host] = start(words, self.run.parent, place.with_suffix(".log"), env=own, apart=True)
+        self.agents[host] = shared.start(words, self.run.parent, place.with_suffix(".log"), env=own, apart=True)
         self.made.append(self.agents[host].pid)
         return len(self.made) - 1
 

@@ -22,7 +22,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,23 +57,33 @@ class Case:
     left: list[psutil.Process] = field(default_factory=list)
     """Processes of agents that were lost: none may live on."""
     relays: list[Relay] = field(default_factory=list)
+    before: int = 0
+    """How often the run had said that the host's agent is gone, before the last loss."""
+
+    def wait(self, ready: Callable[[], bool], timeout_s: float = 300.0) -> bool:
+        """Until `ready()`; False when the run ended before, or after so many seconds from now."""
+        return self.hosts.attempt.wait(ready, self.hosts.attempt.seconds + timeout_s)
+
+    def noticed(self, host: str) -> int:
+        """How often the run has said that this host's agent is gone."""
+        return self.hosts.said().count(f"the agent of host `{host}`")
 
     def lose(self, host: str, number: int) -> None:
         """A signal to its agent."""
+        self.before = self.noticed(host)
         with suppress(psutil.Error):
             self.left += self.hosts.below(host)
         os.kill(self.hosts.agents[host].pid, number)
 
     def again(self, host: str) -> None:
         """Another agent, once the run has noticed that the last is gone."""
-        said = self.hosts.said().count(f"the agent of host `{host}`")
-        self.hosts.agents[host].wait(60)
-        self.hosts.attempt.wait(lambda: self.hosts.said().count(f"the agent of host `{host}`") > said, 3 * LEASE_S)
+        self.hosts.agents.pop(host).wait(60)
+        self.wait(lambda: self.noticed(host) > self.before, 60)
         if self.hosts.attempt.supervisor.poll() is None and self.hosts.token(host).exists():
             self.hosts.give(host)
 
     def trained(self, steps: int) -> bool:
-        return self.hosts.attempt.wait(lambda: max(self.hosts.attempt.steps(), default=-1) >= steps, 400)
+        return self.wait(lambda: max(self.hosts.attempt.steps(), default=-1) >= steps, 400)
 
     def some_steps(self) -> None:
         self.trained(self.draw.randrange(1, max(2, self.steps // 4)))
@@ -121,7 +131,7 @@ def hold(case: Case) -> None:
 def at_start(case: Case) -> None:
     """Before its engine is ready."""
     place = next(case.hosts.run.parent.glob(f"{case.hosts.run.name}-b*"), None)
-    case.hosts.attempt.wait(lambda: place is not None and (place / "config" / "rollout.json").exists(), 60)
+    case.wait(lambda: place is not None and (place / "config" / "rollout.json").exists())
     time.sleep(case.draw.uniform(0.0, 2.0))
     case.lose("b", signal.SIGKILL)
     case.again("b")
@@ -136,7 +146,7 @@ def in_a_group(case: Case) -> None:
             return bool(hub.execute(asked).fetchone()[0])
         return False
 
-    case.found["leased"] = case.hosts.attempt.wait(leased, 60)
+    case.found["leased"] = case.wait(leased)
     case.lose("b", signal.SIGKILL)
     case.again("b")
 
@@ -145,7 +155,7 @@ def in_staging(case: Case) -> None:
     case.trained(1)
     stage = next(case.hosts.run.parent.glob(f"{case.hosts.run.name}-b*")) / "stage" / "engine0"
     before = _versions(stage)
-    case.found["staged"] = case.hosts.attempt.wait(lambda: _versions(stage) - before != set(), 60)
+    case.found["staged"] = case.wait(lambda: _versions(stage) - before != set())
     case.lose("b", signal.SIGKILL)
     case.again("b")
 
@@ -180,7 +190,7 @@ def partition(length: float) -> Callable[[Case], None]:
 
     def row(case: Case) -> None:
         case.some_steps()
-        relay = case.relays[0]
+        relay, case.before = case.relays[0], case.noticed("b")
         if length > 1:
             case.left += case.hosts.below("b")
         relay.weather = Weather(hold=True)
@@ -230,7 +240,7 @@ def _agent(case: Case, token: Path, **env: str) -> tuple[int, str]:
 def versions(case: Case) -> None:
     """Another version of a package, before the right one comes."""
     token = case.hosts.token("b")
-    assert case.hosts.attempt.wait(token.exists), case.hosts.said()
+    assert case.wait(token.exists), case.hosts.said()
     for package in ("astracli", "transformers"):
         code, text = _agent(case, token, PYTHONPATH=str(HOOK), ASTRA_FAULTS_VERSION=f"{package}=0.0.1")
         said = f"has {package} 0.0.1, this run uses {package} "
@@ -258,7 +268,7 @@ def _newcomers(case: Case, count: int) -> None:
         before = token.read_text()
         name = f"n{n}"
         case.hosts.give(name, "--name", name, "--address", f"127.0.1.{n + 1}")
-        case.hosts.attempt.wait(lambda: token.read_text() != before, 60)  # noqa: B023
+        case.wait(lambda: token.read_text() != before, 60)  # noqa: B023
     served: set[str] = set()
 
     def leased() -> bool:
@@ -266,7 +276,7 @@ def _newcomers(case: Case, count: int) -> None:
             served.update(row[0] for row in hub.execute("SELECT DISTINCT worker FROM groups") if row[0])
         return len(served) >= len(case.hosts.names) + count
 
-    case.expect(case.hosts.attempt.wait(leased, 400), f"only {sorted(served)} had a lease")
+    case.expect(case.wait(leased, 400), f"only {sorted(served)} had a lease")
     case.found["first_lease_s"] = round(time.monotonic() - began, 1)
 
 
@@ -282,7 +292,7 @@ def full_disk(case: Case) -> None:
     case.trained(1)
     with disk(case.hosts.run.parent / "small") as place:
         case.hosts.give("x", "--name", "x", "--address", "127.0.1.1", "--dir", str(place / "agent"))
-        case.hosts.attempt.wait(lambda: "host `x` is here" in case.hosts.said(), 60)
+        case.wait(lambda: "host `x` is here" in case.hosts.said())
         case.trained(max(case.hosts.attempt.steps(), default=0) + 3)
         undo = fill(place, 0)
         case.trained(case.steps - 1)
@@ -327,12 +337,15 @@ ROWS = {
 """`kill` and so on: what is done to host `b`."""
 
 
-def played(name: str, place: Path, draw: random.Random, steps: int, joins: int) -> dict[str, Any]:
+def played(
+    name: str, place: Path, draw: random.Random, steps: int, joins: int = 0, sets: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One row. `sets`: of the recipe, over those of all rows."""
     row, began = ROWS[name], time.monotonic()
     steps = max(steps, row.least_steps)
-    sets = [one for one in SMALL if not one.startswith("train.steps")]
-    sets += [f"train.steps={steps}", f"launch.agent_lease_s={LEASE_S}", "resources.engines=2"]
-    case = Case(name, Hosts(place / "run", sets), draw, steps)
+    own = [one for one in SMALL if not one.startswith("train.steps")]
+    own += [f"train.steps={steps}", f"launch.agent_lease_s={LEASE_S}", "resources.engines=2"]
+    case = Case(name, Hosts(place / "run", [*own, *sets]), draw, steps)
     case.found["joins"] = joins
     if row.relay is not None:
         case.relay("b").weather = row.relay
@@ -343,7 +356,7 @@ def played(name: str, place: Path, draw: random.Random, steps: int, joins: int) 
         env = {"ASTRA_FAULTS_CLOCK": str(file), "PYTHONPATH": str(HOOK)}
     try:
         if not row.joins_itself:
-            if case.hosts.attempt.wait(case.hosts.token("b").exists):
+            if case.wait(case.hosts.token("b").exists):
                 case.found["ticket"] = case.hosts.token("b").read_text()
             for host in case.hosts.names:
                 case.hosts.give(host, env=env if host == "b" else None)

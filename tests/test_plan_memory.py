@@ -25,6 +25,7 @@ from astracli.plan import memory as plan_memory
 from astracli.plan import offload as plan_split
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import TrainerLoad
+from astracli.plan.seats import GpuId
 from astracli.plan.view import render, what
 from astracli.process import layout
 from astracli.training import adam
@@ -112,7 +113,7 @@ def test_a_run_held_to_24_gib_of_a_big_card_is_planned_as_on_a_card_of_24() -> N
     big, small = (validate(facts("9.0", 1, memory_gib=gib, host_gib=192)) for gib in (96, 24))
     found, wanted = run.planned(held, "train", big), run.planned(load("qwen3.5-4b-lora-24gb"), "train", small)
     assert (found.placement, found.memory, found.margins) == (wanted.placement, wanted.memory, wanted.margins)
-    assert (found.gpu_sizes, found.gpu_share) == ({0: 24 * GIB}, 0.25) and wanted.gpu_share == 1.0
+    assert (found.gpu_sizes, found.gpu_share) == ({GpuId(0): 24 * GIB}, 0.25) and wanted.gpu_share == 1.0
     assert run.planned(held, "train", small) == wanted, "what a card does not have is not given either"
 
 

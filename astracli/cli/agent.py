@@ -54,6 +54,8 @@ def agent(
         setup = AgentSetup(
             _url(url), _token(token_file), place, default_cache(), name or socket.gethostname(), address, wait
         )
+        if token_file != "-":
+            setup.read_again = lambda: _token(token_file)
         reason = Agent(setup, interrupted).run()
         say(f"left: {reason}")
     raise typer.Exit(130 if interrupted.is_set() else 0)

@@ -246,7 +246,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _coherent_hosts(self) -> Recipe:
-        if problem := self.launch.problem():
+        if problem := self.launch.problem() or self.launch.ranks_problem(self.resources):
             raise ValueError(problem)
         return self
 

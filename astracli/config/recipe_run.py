@@ -108,6 +108,9 @@ class ResourcesTable(Table):
     """Engine processes on a CPU. On GPUs there is one per rollout GPU."""
     train_ranks: SomeProcesses = 1
     """Trainer processes on a CPU (FSDP2 over gloo). On GPUs there is one per training GPU."""
+    train_hosts: SomeProcesses = 1
+    """Hosts over which the trainer's processes are divided, in equal parts: the first so many of `launch.hosts`. More
+    than one needs `launch.network = "private"`, and a run directory that all of them see."""
     engine: EngineEnv = EngineEnv()
     threads: ThreadsTable = ThreadsTable()
 
@@ -153,6 +156,27 @@ class LaunchTable(Table):
     def agents(self) -> tuple[str, ...]:
         """Hosts other than the first, where agents start the processes."""
         return () if isinstance(self.hosts, str) else tuple(self.hosts[1:])
+
+    def ranks_problem(self, resources: ResourcesTable) -> str | None:
+        """Why the trainer cannot run on so many hosts; None when it can."""
+        wanted, there = resources.train_hosts, 1 + len(self.agents)
+        if wanted == 1:
+            return None
+        if wanted > there:
+            return (
+                f"resources.train_hosts = {wanted} asks for more hosts than launch.hosts names ({there}): name "
+                'them, as `launch.hosts = ["a", "b"]`'
+            )
+        key = "train_gpus" if resources.train_gpus else "train_ranks"
+        ranks = getattr(resources, key)
+        if ranks % wanted:
+            return f"resources.{key} = {ranks} cannot be divided over resources.train_hosts = {wanted} in equal parts"
+        if self.network != "private":
+            return (
+                f"resources.train_hosts = {wanted}: the collectives of torch and NCCL between hosts know no token and "
+                'are not encrypted: set launch.network = "private" if only machines that you trust are in that network'
+            )
+        return None
 
     def problem(self) -> str | None:
         """Why these values do not go together; None when they do."""

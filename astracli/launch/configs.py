@@ -119,8 +119,9 @@ def build(
             }  # a rollout worker has those of its host
             asked = [e for name, e in engines.items() if process.role is not Role.ROLLOUT or name in beside]
             config = _client(context, process, own | {"engines": tuple(asked)})
-        env = {**interfaces(process.role, host), **_rank_env(process, host, rendezvous)}
-        env = {} if process.host is not None else env  # its agent knows its own interfaces
+        env = _rank_env(process, host, rendezvous)
+        if process.host is None:  # another host's agent knows its own interfaces
+            env = {**interfaces(process.role, host), **env}
         processes.append(Process(process, config, env))
     return processes
 
@@ -191,7 +192,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         split=plan.placement.split,
         shared=plan.placement.shared,
         gpu_leases=leases,
-        leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
+        leaves=any(name in leases for gpu in process.gpu_ids for name in plan.gpu_map[gpu]),
         warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
         teacher_path=context.inputs.teacher,
         data_paths=dict(context.inputs.data) if plan.command == "sft" else {},
@@ -210,7 +211,8 @@ def interfaces(role: Role, host: str) -> dict[str, str]:
 
 
 def _rank_env(process: ProcessPlan, host: str, port: int) -> dict[str, str]:
-    """torchrun's variables on one node, for a trainer of several ranks. A rank on a GPU sees that one alone."""
+    """torchrun's variables, for a trainer of several ranks. They meet on the host of rank 0, the first. A rank on a GPU
+    sees that one alone."""
     if process.role is not Role.TRAINER:
         return {}
     return {

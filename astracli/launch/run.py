@@ -26,7 +26,6 @@ from astracli.models import registry
 from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
-from astracli.plan.view import to_json
 from astracli.process.config import Keep, SampleFile
 from astracli.process.console import plain, say
 from astracli.runs import changes as run_changes
@@ -209,11 +208,11 @@ def _run(
 ) -> tuple[int, Mapping[str, Any]]:
     """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
     `changes`: what a resume changes in the recipe; `more`: further fields of `RunContext`."""
-    attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
+    attempt = job.open_run(run, recipe_io.to_json(recipe), plan)
     context = RunContext(recipe, plan, run, attempt, inputs, **more)
     apply_changes(run, context.resume_step or 0, attempt, changes)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
-    task = Job(context, before)
+    task = Job(context, before, replan=lambda machines: planned(recipe, plan.command, fleet=machines))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     names = ", ".join(process.name for process in plan.processes)

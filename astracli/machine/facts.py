@@ -202,6 +202,8 @@ class Machine(_Part):
     """Why `nvidia-smi` gave no answer although it is there."""
     peer_link: PeerLink | None = None
     """The slowest way between two GPUs, as `nvidia-smi topo -m` shows it; None = fewer than two, or not known."""
+    link: float | None = None
+    """Bytes/s that reach this host from the first of a run, as its agent measured; None = not measured."""
     compilers: Compilers
     env: dict[str, str | None]
     engine: Environment | None = None

@@ -40,6 +40,7 @@ from astracli.plan import cost as plan_speed
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import TrainerLoad
 from astracli.plan.placement import Gpus, place
+from astracli.plan.seats import GpuId
 from astracli.process.layout import Split
 from astracli.rl.types import Group
 from astracli.training import fsdp
@@ -183,7 +184,7 @@ def main() -> None:
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
         if args.gpu_gib:
-            gpus = Gpus({0: int(args.gpu_gib * 2**30)}, trainer=[0])
+            gpus = Gpus({GpuId(0): int(args.gpu_gib * 2**30)}, trainer=[GpuId(0)])
             variant = replace(variant, split=place(case.recipe(variant), case.shape, gpus).split)
         return case.trainer(variant)
 

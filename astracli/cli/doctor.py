@@ -70,7 +70,11 @@ def doctor(
         from astracli.launch import inputs
 
         here = inputs.findings(loaded, loaded.command, prompt=wanted)
-        start, prompt = here.refused, here.prompt
+        start, prompt = [check for check in here.refused if check.name != inputs.HOSTS], here.prompt
+    if facts is None:
+        from astracli.launch.clusters import registry as clusters
+
+        start = [*start, *clusters.findings(loaded)]
     report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
     if json and prompt is not None:
         report["first_prompt"] = prompt.document()

@@ -73,7 +73,7 @@ def print_plan(
 
 def _hosts(recipe: Recipe, others: Sequence[str | None]) -> list[str]:
     """The hosts that documents are given for. Raises UserError when the run has fewer."""
-    agents = recipe.launch.agents
+    agents = recipe.agents
     if len(others) > len(agents):
         raise UserError(
             f"--facts is given {1 + len(others)} times, and launch.hosts has {1 + len(agents)} for it",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.errors import AstraError, RunFailed, machine_failed, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
+from astracli.launch.clusters import registry as clusters
+from astracli.launch.clusters.keeper import Keeper
 from astracli.launch.configs import RunContext
 from astracli.launch.fleet import Fleet
 from astracli.launch.forks import Forks
@@ -131,7 +133,7 @@ class Job:
             serving = hub.serving(context, lambda body: supervisor.on_status(body), fleet)
             store, server = stack.enter_context(serving)
             if fleet is not None:
-                stack.callback(fleet.close)  # before the hub: agents hear from it that all ends
+                self._keep_agents(fleet, server.url, stack)
                 fleet.gather(server.url, interrupted, lambda: server.alive)
                 if interrupted.is_set():
                     return True
@@ -182,7 +184,20 @@ class Job:
     @property
     def _hosts(self) -> bool:
         """Whether agents start some of its processes, or may."""
-        return self.context.plan.command == "train" and self.context.recipe.launch.hosts != "local"
+        return self.context.plan.command == "train" and clusters.of(self.context.recipe) is not None
+
+    def _keep_agents(self, fleet: Fleet, url: str, stack: contextlib.ExitStack) -> None:
+        """Have agents started on the run's hosts, and ended with it."""
+        context, cluster = self.context, clusters.of(self.context.recipe)
+        hosts = cluster.open(context.recipe, context.plan) if cluster is not None else None
+        if hosts is not None:
+            logs = context.run_dir.attempt_logs(context.attempt)
+            fleet.keeper = Keeper(hosts, context.recipe.agents, fleet.agents, url, logs, fleet.takes_newcomers)
+            stack.callback(fleet.keeper.close)
+            fleet.keeper.begin()
+        stack.callback(fleet.close)  # before the hub: agents hear from it that all ends
+        if fleet.keeper is not None:
+            stack.callback(fleet.keeper.hold)
 
     def _forks(self) -> Forks | None:
         """What forks this run's processes; None where each starts by itself."""

@@ -16,6 +16,7 @@ from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
 from astracli.launch import from_run, job, problem_files, random_weights, recipe_changes, resume_rules, teacher_inputs
+from astracli.launch.clusters import registry as clusters
 from astracli.launch.configs import RunContext
 from astracli.launch.from_run import Source
 from astracli.launch.inputs import Inputs, fetched, needs
@@ -208,7 +209,7 @@ def _run(
     """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
     `changes`: what a resume changes in the recipe; `more`: further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
-    context = RunContext(recipe, plan, run, attempt, inputs, **more)
+    context = RunContext(clusters.addressed(recipe), plan, run, attempt, inputs, **more)
     apply_changes(run, context.resume_step or 0, attempt, changes)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
     task = Job(context, before)
@@ -248,6 +249,7 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
 def _inputs(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> Inputs:
     """What the command reads, checked and on this machine. Raises UserError."""
     data, benchmarks = needs(recipe, command)
+    clusters.check(recipe, command)
     return fetched(recipe, data=data, benchmarks=benchmarks, resumed=resumed)
 
 

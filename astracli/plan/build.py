@@ -214,7 +214,7 @@ class _Draft:
         recipe, gpus, train = self.asked, self.gpus, self.trains
         resources, workers = recipe.resources, recipe.data.reward_workers * max(1, len(recipe.data.rewards))
         engine_count = len(gpus.engine) if self.cuda else resources.engines if self.serves else 0
-        homes = hosts.spread(engine_count, recipe.launch.agents if self.command == "train" else ())
+        homes = hosts.spread(engine_count, recipe.agents if self.command == "train" else ())
         result = [
             self._process(f"engine{i}", Role.ENGINE, gpus.engine[i : i + 1], host=home) for i, home in enumerate(homes)
         ]

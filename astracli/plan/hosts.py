@@ -49,7 +49,7 @@ def shortages(plan: LaunchPlan, fleet: Mapping[str, Machine]) -> list[PlanProble
 
 def problems(recipe: Recipe, engines: int, cuda: bool) -> list[PlanProblem]:
     """Hosts for which the recipe has no work, and what runs on one host alone."""
-    agents = recipe.launch.agents
+    agents = recipe.agents
     if not agents:
         return []
     if cuda:

@@ -85,7 +85,7 @@ def main() -> None:
         run.parent.mkdir(parents=True, exist_ok=True)
         sets = [one for one in SMALL if not one.startswith("train.steps")]
         more = [f"train.steps={args.steps}", f"launch.port={PORT}", f"launch.agent_lease_s={LEASE_S}"]
-        more += ['launch.hosts=["a", "b", "c"]', "resources.engines=2"]
+        more += ['launch.hosts=["a", "b", "c"]', "ssh.by_hand=true", "resources.engines=2"]
         hosts = Hosts(run, Attempt(run, [*sets, *more], resume=False))
         for host in HOSTS:
             hosts.give(host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -55,6 +56,8 @@ class Job:
     """Seconds of wall time that came before the job, by name; the job adds its own."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Empty when the job ended before its first process."""
+    save: threading.Event = field(default_factory=threading.Event)
+    """Set by SIGUSR1: a checkpoint was asked for, and then the end."""
     _started: float = field(default_factory=time.time)
 
     def run(self) -> int:
@@ -74,7 +77,8 @@ class Job:
         code = 1
         try:
             if self._supervise():
-                state, code, cause = "interrupted", 130, "interrupted"
+                state, code = "interrupted", 130
+                cause = "it was told to make a checkpoint and end" if self.save.is_set() else "interrupted"
             else:
                 state, code = "done", 0
         except KeyboardInterrupt:
@@ -125,7 +129,7 @@ class Job:
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
         with contextlib.ExitStack() as stack:
-            interrupted = stack.enter_context(signals())
+            interrupted = stack.enter_context(signals(self.save))
             local = LocalLauncher(run.lock_fd, forks=self._forks())
             stack.callback(local.close)
             fleet = Fleet(context, local) if self._hosts else None
@@ -162,6 +166,8 @@ class Job:
                 resumes=self._resumes(store, server.url, fleet, stack),
                 interrupted=interrupted,
                 log=run.attempt_logs(context.attempt) / "supervisor.log",
+                save=self.save,
+                save_s=context.save_s,
             )
             try:
                 return supervisor.run()

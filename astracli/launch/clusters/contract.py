@@ -87,6 +87,9 @@ class Job:
 class Queue(Protocol):
     """Where a cluster takes whole runs: `astra train` submits a job, and the job goes on with the run."""
 
+    file: str
+    """Name of the file in the run directory."""
+
     def inside(self) -> bool:
         """Whether this process runs in a job already."""
 
@@ -102,8 +105,12 @@ class Queue(Protocol):
     def stop(self, ident: str) -> None:
         """End a job that runs as Ctrl-C does; take one that waits out of the queue. Raises UserError."""
 
-    def again(self) -> str:
-        """Queue the job of this process once more. -> its number. Raises RunFailed."""
+    def save_s(self, recipe: Recipe) -> float | None:
+        """Seconds that a checkpoint may take after SIGUSR1, which tells a run that its time is nearly over."""
+
+    def again(self, recipe: Recipe) -> str | None:
+        """Queue the job of this process once more. -> its number; None: the recipe does not want it. Raises
+        RunFailed."""
 
 
 class Cluster:

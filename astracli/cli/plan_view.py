@@ -34,7 +34,7 @@ def print_plan(
 
     On this machine also every check that a start makes; raises typer.Exit(2) when one of them would refuse.
     """
-    from astracli.launch import inputs, jobs
+    from astracli.launch import inputs, queued
     from astracli.launch import run as launch
     from astracli.machine import documents
     from astracli.plan.types import TRAINING
@@ -47,7 +47,7 @@ def print_plan(
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
     refused = [check for check in here.refused if check.value not in known]
     place = resumed.path.resolve() if resumed is not None else Path("runs").resolve() / f"{recipe.name}-TIME"
-    job = jobs.text(recipe, found, place) if command in TRAINING else None
+    job = queued.text(recipe, found, place) if command in TRAINING else None
     if output.as_json:
         machine = {"machine": facts, "source": described.source} if described else {}
         start = [{"check": c.name, "message": c.value, "hint": c.fix} for c in refused]

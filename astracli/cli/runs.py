@@ -55,18 +55,18 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """
     from dataclasses import asdict
 
-    from astracli.launch import jobs
+    from astracli.launch import queued
     from astracli.report import run_files, status_page
 
     found = the_run(run, training=True)
-    job = jobs.of(found)
+    job = queued.of(found)
     if json:
         recorded = found.status()
         out(json).document(
             {
                 "run": run_files.row(found),
                 "status": asdict(recorded) if recorded else None,
-                "job": asdict(job) | {"state": jobs.words(job)} if job is not None else None,
+                "job": asdict(job) | {"state": queued.words(job)} if job is not None else None,
                 "newest": status_page.figures(found),
                 "evaluation": [vars(trend) | {"difference": trend.difference} for trend in run_files.trends(found)],
                 "figures": run_files.newest_figures(found),
@@ -74,11 +74,11 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
         )
         return
     page = status_page.page(found)
-    out().table([], [*page.rows, *([("job", jobs.words(job))] if job is not None else [])])
+    out().table([], [*page.rows, *([("job", queued.words(job))] if job is not None else [])])
     if page.last_lines:
         out().text("")
         out().text("\n".join(page.last_lines))
-    if page.hint and not (job is not None and jobs.goes_on(job)):  # its job goes on with it
+    if page.hint and not (job is not None and queued.goes_on(job)):  # its job goes on with it
         out().hint(page.hint)
 
 

@@ -33,11 +33,11 @@ def stop(run: RunArg, json: JsonOpt = False) -> None:
 
     The run's supervisor then ends all of its processes.
     """
-    from astracli.launch import jobs
+    from astracli.launch import queued
 
     found = the_run(run)
-    status, job = found.status(), jobs.of(found)
-    if job is not None and jobs.state(job) is not None:
+    status, job = found.status(), queued.of(found)
+    if job is not None and queued.state(job) is not None:
         _stop_job(found, job, json)
         return
     if status is None or not found.going():
@@ -72,15 +72,15 @@ def _stop_job(run: RunDir, job: Job, json: bool) -> None:
     """The run of a job of a queue, wherever it runs."""
     import time
 
-    from astracli.launch import jobs
+    from astracli.launch import queued
 
     began = run.going()
-    jobs.stop(job)
+    queued.stop(job)
     deadline = time.monotonic() + JOB_STOP_WAIT_S
-    while time.monotonic() < deadline and (run.going() or jobs.state(job) is not None):
+    while time.monotonic() < deadline and (run.going() or queued.state(job) is not None):
         time.sleep(0.5)
     if run.going():
-        raise RunFailed(f"run `{run.path}` still stops after {JOB_STOP_WAIT_S:.0f} s ({jobs.words(job)})")
+        raise RunFailed(f"run `{run.path}` still stops after {JOB_STOP_WAIT_S:.0f} s ({queued.words(job)})")
     if json:
         out(json).document({"run": str(run.path), "job": job.ident, "state": run.shown_state()})
         return

@@ -198,7 +198,9 @@ class Job:
         hosts = cluster.open(context.recipe, context.plan) if cluster is not None else None
         if hosts is not None:
             logs = context.run_dir.attempt_logs(context.attempt)
-            fleet.keeper = Keeper(hosts, context.recipe.agents, fleet.agents, url, logs, fleet.takes_newcomers)
+            fleet.keeper = Keeper(
+                hosts, context.recipe.agents, fleet.agents, url, logs, newcomers=fleet.takes_newcomers
+            )
             stack.callback(fleet.keeper.close)
             fleet.keeper.begin()
         stack.callback(fleet.close)  # before the hub: agents hear from it that all ends

@@ -18,8 +18,8 @@ from astracli.errors import UserError
 from astracli.launch import (
     from_run,
     job,
-    jobs,
     problem_files,
+    queued,
     random_weights,
     recipe_changes,
     resume_rules,
@@ -113,7 +113,7 @@ def train_run(
     queue = clusters.queue(recipe)
     plan = _train_plan(recipe, resume, source) if queue is None else planned(recipe, command)
     if queue is not None:
-        jobs.refuse(recipe, plan)
+        queued.refuse(recipe, plan)
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
@@ -241,7 +241,7 @@ def _run(
     finally:
         run.unlock()
     if task.save.is_set() and code == 130:
-        jobs.again(recipe, run)
+        queued.again(recipe, run)
     return code, task.summary
 
 
@@ -252,7 +252,7 @@ def _submit(
     write_atomic(run.recipe_json, recipe_io.to_json(recipe))
     apply_changes(run, step or 0, max(run.attempts(), default=0) + 1, changes)
     run.unlock()
-    jobs.submit(queue, recipe, plan, run)
+    queued.submit(queue, recipe, plan, run)
     return 0, run
 
 

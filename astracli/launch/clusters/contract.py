@@ -67,6 +67,9 @@ class Hosts(Protocol):
     def awaited(self, host: str) -> str:
         """What a host that is not there yet waits for, in words; "" for nothing but its agent."""
 
+    def lost(self, host: str) -> bool:
+        """Whether a host will not come back under its name."""
+
     def arrivals(self) -> Sequence[str]:
         """Hosts that came since this was asked last, beside those of the plan."""
 

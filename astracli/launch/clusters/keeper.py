@@ -34,9 +34,10 @@ class _Place:
     """A host, and the agent that was started there last."""
 
     planned: bool
+    delay_s: float
+    """Before the next start."""
     process: AgentProcess | None = None
     next_start: float = 0.0
-    delay_s: float = FIRST_DELAY_S
     joined: bool = False
     """An agent was there once."""
     left: bool = False
@@ -47,9 +48,21 @@ class Keeper:
     """`failure` says which host of the plan cannot take part, before it ever did. Later losses are only said: the run
     goes on without a host, and `launch.away` decides for how long."""
 
-    def __init__(self, hosts: Hosts, planned: Sequence[str], members: Members, url: str, logs: Path, newcomers: bool):
+    def __init__(
+        self,
+        hosts: Hosts,
+        planned: Sequence[str],
+        members: Members,
+        url: str,
+        logs: Path,
+        *,
+        newcomers: bool,
+        delay_s: float = FIRST_DELAY_S,
+    ):
+        """`newcomers`: whether hosts beside the planned may join. `delay_s`: before a lost agent is started again."""
         self._hosts, self._members, self._url, self._logs, self._newcomers = hosts, members, url, logs, newcomers
-        self._places = {host: _Place(planned=True) for host in planned}
+        self._delay_s = delay_s
+        self._places = {host: _Place(True, delay_s) for host in planned}
         self._failure: RunFailed | None = None
         self._held = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -83,7 +96,7 @@ class Keeper:
         while not self._held.is_set():
             try:
                 for host in self._hosts.arrivals() if self._newcomers else ():
-                    self._places.setdefault(host, _Place(planned=False))
+                    self._places.setdefault(host, _Place(False, self._delay_s))
                 for host, place in self._places.items():
                     self._look(host, place)
             except RunFailed as error:
@@ -94,7 +107,8 @@ class Keeper:
     def _look(self, host: str, place: _Place) -> None:
         """Raises RunFailed for a host of the plan that was never there."""
         here = self._members.state(host) == "here"
-        place.joined = place.joined or here
+        if here:
+            place.joined, place.delay_s = True, self._delay_s
         if place.process is not None:
             end = place.process.ended()
             if end is None:
@@ -103,6 +117,9 @@ class Keeper:
             place.left = end.code == LEFT and place.joined
             self._say_end(host, place, end)
         own = place.planned or place.joined
+        if place.joined and not here and not place.left and self._hosts.lost(host):
+            place.left = True
+            say(f"warning: host `{host}` is lost, and no agent is started there again")
         if place.left or here or time.monotonic() < place.next_start or not (own or self._ticket_is_free()):
             return
         call = AgentCall(self._url, host, self._members.ticket(host if own else NEWCOMER))

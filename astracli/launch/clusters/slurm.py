@@ -136,6 +136,9 @@ class SlurmHosts:
     def awaited(self, host: str) -> str:
         return f"its agent on node {self._nodes[host]} is awaited"
 
+    def lost(self, host: str) -> bool:
+        return False
+
     def arrivals(self) -> Sequence[str]:
         return ()
 

@@ -105,6 +105,9 @@ class SshHosts:
     def awaited(self, host: str) -> str:
         return ""
 
+    def lost(self, host: str) -> bool:
+        return False
+
     def arrivals(self) -> Sequence[str]:
         return ()
 

@@ -67,6 +67,8 @@ class Supervisor:
         and ends, and the run with it; after `save_s` seconds without one too."""
         self.processes = {process.name: process for process in processes}
         self.status = {name: Status() for name in self.processes}
+        self._planned = frozenset(self.processes)
+        """Without those of hosts that join later."""
         self.phase: Phase = "starting"
         self.children: dict[str, Started] = {}
         self.notes: list[str] = []
@@ -280,7 +282,9 @@ class Supervisor:
             self._start_anew(process)
         for process in self.away.back(self._launcher.has):
             self._start_anew(process, self.status[process.name].restarts + 1)
-        engines_left = any(self.processes[name].plan.role is Role.ENGINE for name in self.children)
+        there = [name for name in self.children if self.processes[name].plan.role is Role.ENGINE]
+        # evaluations use engines of the plan alone, and at the end nobody else needs any
+        engines_left = any(self.phase != "finishing" or name in self._planned for name in there)
         if (words := self.away.too_long(engines_left, now, self._limits.ready_timeout_s)) is not None:
             raise RunFailed(words, self._hint() or None)
 

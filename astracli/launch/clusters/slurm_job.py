@@ -46,7 +46,7 @@ class SlurmQueue:
             "--ntasks-per-node=1",
             f"--cpus-per-task={_threads(plan)}",
         ]
-        gpus = len({gpu for process in plan.processes for gpu in process.gpus})
+        gpus = max((len(each) for each in _gpus(plan).values()), default=0)
         options += [f"--gpus-per-node={gpus}"] if gpus else []
         for name in ("partition", "time", "account"):
             value = getattr(asked, name)
@@ -125,6 +125,14 @@ def astra() -> list[str]:
     """The command on every node: environments lie on a file system that the nodes share."""
     script = Path(sys.executable).with_name("astra")
     return [str(script)] if script.is_file() else [sys.executable, "-m", "astracli"]
+
+
+def _gpus(plan: LaunchPlan) -> dict[str | None, set[int]]:
+    """By host."""
+    found: dict[str | None, set[int]] = {}
+    for process in plan.processes:
+        found.setdefault(process.host, set()).update(process.gpus)
+    return found
 
 
 def _threads(plan: LaunchPlan) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,21 @@ from astracli.errors import RunFailed, UserError
 from astracli.hub.agent_api import LARGEST_OWN
 from astracli.hub.agents import SILENT, Agents
 from astracli.hub.api import build_app
-from astracli.launch import configs, run
+from astracli.launch import configs, run, shared_dir
+from astracli.launch.agent_hub import Hub, Revoked
+from astracli.launch.agent_relay import Beats
 from astracli.launch.configs import RunContext
 from astracli.launch.fleet import Fleet, RemoteProcess
 from astracli.launch.fleet import versions as fleet_versions
 from astracli.launch.host_inputs import HostInputs, found
 from astracli.launch.launcher import Process
 from astracli.launch.local import LocalLauncher
+from astracli.launch.shared_dir import Proof
 from astracli.machine import documents
 from astracli.machine.memory import words
-from astracli.plan.hosts import shortage, spread
+from astracli.plan.hosts import shortage
 from astracli.plan.memory import total
+from astracli.plan.seats import spread
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import Role
 from astracli.process.ports import bind
@@ -45,6 +50,7 @@ from astracli.process.worker import LOST_EXIT
 from astracli.runs.run_dir import RunDir
 from astracli.weights.receive.host_cache import HostCache
 
+FACTS = documents.load("laptop").document()
 RUN = "token-of-the-run"
 __all__ = ["server"]  # a fixture
 VERSIONS = {"astracli": "1.0", "transformers": "5.0"}
@@ -83,7 +89,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def test_each_token_opens_its_own_routes(world: World) -> None:
     ticket = world.agents.ticket("b")
-    report = {"processes": [], "usage": {}, "memory": {}}
+    report = {"processes": [], "usage": {}, "memory": {}, "beats": []}
     assert world.post("/agent/join", "wrong", JOIN).status_code == 401
     assert world.post("/agent/join", RUN, JOIN).status_code == 403, "the run's own processes speak for no host"
     for path in ("/state", "/lease", "/batch", "/agent/report", "/weights"):
@@ -118,7 +124,7 @@ def test_newcomers_share_a_file_whose_token_is_good_once(world: World) -> None:
 
 
 def test_a_token_ends_with_its_agent(world: World) -> None:
-    ticket, report = world.agents.ticket("b"), {"processes": [], "usage": {}, "memory": {}}
+    ticket, report = world.agents.ticket("b"), {"processes": [], "usage": {}, "memory": {}, "beats": []}
     token = world.join().json()["token"]
     assert world.post("/agent/leave", token, {"reason": "done"}).status_code == 200
     assert world.post("/agent/report", token, report).status_code == 401
@@ -152,7 +158,7 @@ def test_other_versions_are_refused_with_both(world: World, name: str) -> None:
 def test_an_agent_s_requests_have_a_largest_size(world: World) -> None:
     token = world.join().json()["token"]
     assert world.post("/agent/report", token, b"x" * (LARGEST_OWN + 1)).status_code == 413
-    odd = {"processes": [{"start": "one"}], "usage": {}, "memory": {}}
+    odd = {"processes": [{"start": "one"}], "usage": {}, "memory": {}, "beats": []}
     assert world.post("/agent/report", token, odd).status_code == 400
 
 
@@ -460,7 +466,7 @@ def test_an_agent_that_hears_no_hub_ends_its_processes(fleets: Fleets) -> None:
 def test_a_host_that_joins_brings_an_engine_that_waits_for_checked_weights(fleets: Fleets) -> None:
     assert list(fleets.fleet.newcomers()) == []
     fleets.fleet.agents.join(
-        "new", fleets.fleet.agents.ticket("new"), "i", "127.0.0.1", [7001], fleet_versions(), {}, "x"
+        "new", fleets.fleet.agents.ticket("new"), "i", "127.0.0.1", [7001], fleet_versions(), FACTS, "x"
     )
     engine, rollout = fleets.fleet.newcomers()
     assert list(fleets.fleet.newcomers()) == [], "each host once"
@@ -517,3 +523,74 @@ def test_a_host_fetches_each_file_once_and_checks_it(tmp_path: Path, server: Ser
         assert cache.file(0, "other.safetensors") is None and cache.file(9, payload) is None
     finally:
         cache.close()
+
+
+# ---- heartbeats and links
+
+
+def test_heartbeats_wait_for_the_report_and_changes_do_not(world: World) -> None:
+    beats = Beats()
+    beats.beat({"name": "e", "state": "starting", "progress": {"n": 1}})
+    assert beats.urgent.is_set() and [one["progress"] for one in beats.take()] == [{"n": 1}]
+    beats.beat({"name": "e", "state": "starting", "progress": {"n": 2}})
+    assert not beats.urgent.is_set(), "the next report brings it"
+    beats.beat({"name": "e", "state": "starting", "warnings": ["one"]})
+    lost = beats.take()
+    beats.beat({"name": "e", "state": "ready", "warnings": ["two"]})
+    beats.put_back(lost)
+    (told,) = beats.take()
+    assert (told["state"], told["warnings"]) == ("ready", ["one", "two"]), "a warning that was not heard is told again"
+
+
+def test_a_report_brings_heartbeats_to_the_supervisor(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    agents, store = Agents(["b"], run="r", versions=VERSIONS, lease_s=10.0), open_store(tmp_path)
+    app = build_app(store, RUN, agents=agents, on_status=heard.append)
+    server = ServerThread(app, bind()).start()
+    try:
+        world = World(agents, server.url, Clock(), [])
+        token = world.join().json()["token"]
+        beat = {"name": "engine0", "pid": 1, "state": "ready", "waiting": None, "progress": {"n": 1}}
+        body = {"processes": [], "usage": {}, "memory": {}, "beats": [beat]}
+        assert world.post("/agent/report", token, body).json() == {"stop": False} and heard == [beat]
+        store.request_stop()
+        assert world.post("/agent/report", token, body | {"beats": []}).json() == {"stop": True}
+    finally:
+        server.stop()
+
+
+def test_an_agent_measures_its_link_before_it_joins(world: World) -> None:
+    hub = Hub(world.url, world.agents.ticket("b"))
+    rate = hub.link()
+    hub.close()
+    assert rate is not None and rate > 1e6
+    wrong = Hub(world.url, "wrong")
+    with pytest.raises(Revoked):
+        wrong.link()
+    wrong.close()
+
+
+def test_ten_agents_with_one_token_are_one_agent(world: World) -> None:
+    ticket = world.agents.ticket("new")
+    with ThreadPoolExecutor(10) as pool:
+        joins = [pool.submit(world.join, ticket, name=f"n{n}", ident=f"i{n}") for n in range(10)]
+    assert sorted(join.result().status_code for join in joins) == [200] + [409] * 9
+    assert len([host for host in world.agents.hosts if host.startswith("n")]) == 1
+
+
+# ---- a run directory that hosts share
+
+
+def test_ranks_of_other_hosts_must_see_the_run_directory(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.mkdir()
+    proof = shared_dir.offer(run)
+    proof.check("b")
+    assert sorted(path.name for path in run.iterdir()) == [shared_dir.NAME], "what the check wrote is gone"
+    with pytest.raises(RunFailed, match="host `b` does not see the run directory") as refused:
+        Proof(str(other / shared_dir.NAME), proof.nonce).check("b")
+    assert "mount a shared file system" in (refused.value.hint or "") and "--run-dir" in (refused.value.hint or "")
+    shared_dir.offer(other)
+    with pytest.raises(RunFailed, match="host `b` has another directory at"):
+        Proof(str(other / shared_dir.NAME), proof.nonce).check("b")

@@ -23,7 +23,7 @@ from hub_tools import open_store
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import shared
-from faults import damage, limits, malformed, network
+from faults import damage, hosts, limits, malformed, network
 from faults.relay import Relay, Weather
 from faults.world import Row, World, phase, victim
 from loop.kill_resume import Attempt
@@ -253,3 +253,13 @@ def test_what_the_machine_refuses_is_named(error: Exception, words: str) -> None
     assert found is not None and found.exit_code == 1 and words in f"{found.message} {found.hint}"
     for other in (ValueError("x"), SyntaxError("x", ("/mine/reward.py", 1, 1, "")), ImportError("x", name="mine")):
         assert machine_failed(other) is None
+
+
+@linux
+def test_an_agent_killed_while_a_group_is_generated_costs_its_leases_alone(tmp_path: Path) -> None:
+    """A row of `bench/faults/hosts.py`: another agent takes over, and the books of the run are whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "start", warm.bench_start)
+        patch.setattr(hosts, "LEASE_S", 4.0)
+        row = hosts.played("group", tmp_path, Random(SEED), steps=20, sets=["eval.every=20", "checkpoint.every=0"])
+    assert row["problems"] == "none" and row["leased"], row

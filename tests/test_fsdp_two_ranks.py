@@ -47,11 +47,14 @@ counted["gathers"] = [(sharded_optimizer, "_all_gather"), (_fsdp_param_group, "f
 for word, name, where, call in [(w, n, m, getattr(m, n)) for w, places in counted.items() for m, n in places]:
     setattr(where, name, lambda *a, _word=word, _call=call, **more: (calls.append(_word), _call(*a, **more))[1])
 found = {}
-for ranks.sharding in get_args(Sharding):
+flat, replicated = ranks.mesh, fsdp.mesh_of("cpu", 2, 2)
+for way in [*get_args(Sharding), "replicated"]:
+    ranks.sharding, ranks.replicas = ("full", 2) if way == "replicated" else (way, 1)
+    ranks.mesh = replicated if way == "replicated" else flat
     trainer = make_trainer(model_dir, chosen, ranks)
     masters = trainer.masters
     held = sum(v.numel() for v in masters.values.values())
-    place = out / ranks.sharding
+    place = out / way
     publisher = Publisher(place / "weights", rank=ranks.rank, world_size=2, session="test", tied=masters.tied)
     publisher.publish(0, masters.wire_shards())
     figures, empty, micros = [], 0, 0
@@ -73,8 +76,8 @@ for ranks.sharding in get_args(Sharding):
     full = masters.wire_full()
     if ranks.first:
         save_file(full, place / "full.safetensors")
-    found[ranks.sharding] = {"figures": figures, "held": held, "empty": empty, "micros": micros, "calls": counts}
-    found[ranks.sharding]["parts"] = sum(name in masters.parts for name in masters.values)
+    found[way] = {"figures": figures, "held": held, "empty": empty, "micros": micros, "calls": counts}
+    found[way]["parts"] = sum(name in masters.parts for name in masters.values)
 ranks.close()
 print(json.dumps(found))
 """
@@ -131,6 +134,18 @@ def test_two_ranks_equal_one(sharding: str, out: Path, alone: Any) -> None:
     equal_but_for_ulps(load_file(out / sharding / "full.safetensors"), expected)
 
 
+def test_two_hosts_that_each_hold_everything_equal_one_rank(out: Path, alone: Any) -> None:
+    """Each has the whole model, gradients are summed between them; rank 0's host publishes and writes checkpoints."""
+    outputs, (figures, expected, total) = of_ranks(out, "replicated"), alone
+    assert [o["held"] for o in outputs] == [total, total] and outputs[0]["figures"] == outputs[1]["figures"]
+    for mine, theirs in zip(outputs[0]["figures"], figures, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-3)
+    equal_but_for_ulps(load_file(out / "replicated" / "full.safetensors"), expected)
+    saved = out / "replicated" / "checkpoints" / "step_000002"
+    kinds = [{one[0] for one in json.loads((saved / f"rank_{n}.json").read_text())["tensors"]} for n in range(2)]
+    assert kinds == [{"value", "first", "second", "rng"}, {"rng"}]
+
+
 def equal_but_for_ulps(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     elements = differing = 0
@@ -163,7 +178,7 @@ def test_what_the_ranks_exchange_in_a_step(out: Path) -> None:
     assert {sharding: one["calls"]["gathers"] - reference for sharding, one in found.items()} == gathers
 
 
-@pytest.mark.parametrize("sharding", ["optimizer", "parameters"])
+@pytest.mark.parametrize("sharding", ["optimizer", "parameters", "replicated"])
 def test_what_two_ranks_publish_is_what_they_hold(sharding: str, out: Path) -> None:
     """The pieces that no one gathered give the gathered tensors, bit for bit, through the receiver's own code."""
     from astracli.weights.format import digest

@@ -21,6 +21,7 @@ from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.seats import GpuId
 from astracli.plan.types import LaunchPlan
 from astracli.plan.view import render, to_json, what
 
@@ -139,14 +140,14 @@ def test_evaluations_that_generate_more_than_the_rollouts_between_them_are_warne
 def test_gpu_map_of_eight_gpus() -> None:
     result = planned(load("qwen3.5-4b-m2po-delta"), facts("8.9", 8, host_gib=512))
     assert result.gpu_map == {
-        0: ["engine0"],
-        1: ["engine1"],
-        2: ["engine2"],
-        3: ["engine3"],
-        4: ["trainer"],
-        5: ["trainer1"],
-        6: ["trainer2"],
-        7: ["trainer3"],
+        GpuId(0): ["engine0"],
+        GpuId(1): ["engine1"],
+        GpuId(2): ["engine2"],
+        GpuId(3): ["engine3"],
+        GpuId(4): ["trainer"],
+        GpuId(5): ["trainer1"],
+        GpuId(6): ["trainer2"],
+        GpuId(7): ["trainer3"],
     }
     by_name = {p.name: p for p in result.processes}
     assert by_name["engine2"].env["CUDA_VISIBLE_DEVICES"] == "2"
@@ -161,9 +162,9 @@ def test_gpu_map_of_eight_gpus() -> None:
 
 def test_the_gpu_map_follows_cuda_visible_devices() -> None:
     result = planned(load("qwen3-1.7b-m2po-delta"), facts("9.0", 8, visible="5,2", host_gib=512))
-    assert result.gpu_map == {2: ["trainer"], 5: ["engine0"]}
+    assert result.gpu_map == {GpuId(2): ["trainer"], GpuId(5): ["engine0"]}
     shared = planned(load("qwen3.5-0.8b-m2po-delta"), facts("9.0", 8, visible="5,2", host_gib=512))
-    assert shared.gpu_map == {5: ["engine0", "trainer"]}
+    assert shared.gpu_map == {GpuId(5): ["engine0", "trainer"]}
 
 
 def test_every_shipped_recipe_plans_on_any_machine() -> None:

@@ -15,9 +15,11 @@ from astracli.plan import build as plan
 from astracli.plan import gpus as plan_margin
 from astracli.plan.cost import TrainerLoad
 from astracli.plan.gpus import Margin
+from astracli.plan.seats import GpuId
 from astracli.plan.trainer import trainer_rows
 from astracli.plan.view import render, to_json, what
 
+G0, G1 = GpuId(0), GpuId(1)
 ONE_EACH = ("resources.rollout_gpus=1", "resources.train_gpus=1")
 
 
@@ -38,8 +40,10 @@ def test_half_of_what_is_estimated_there_at_once() -> None:
         row("trainer1", 300, "counted"),
         replace(row("trainer1", 30, "estimated"), where="host"),
     ]
-    found = plan_margin.margins(rows, {0: ["engine0", "trainer"], 1: ["trainer1"], 2: ["elsewhere"]}, {0: 240, 1: 299})
-    assert found == (Margin(0, 10 + 228, 5 + 14, 2), Margin(1, 300, 0, -1))
+    found = plan_margin.margins(
+        rows, {G0: ["engine0", "trainer"], G1: ["trainer1"], GpuId(2): ["elsewhere"]}, {G0: 240, G1: 299}
+    )
+    assert found == (Margin(G0, 10 + 228, 5 + 14, 2), Margin(G1, 300, 0, -1))
     assert [each.short for each in found] == [True, True]
     assert plan_margin.warnings(found) == [
         "GPU 0: 2 B are left beside the 238 B that are planned, where the estimates need a margin of 19 B: it may run "
@@ -48,7 +52,9 @@ def test_half_of_what_is_estimated_there_at_once() -> None:
 
 
 def test_gpus_that_hold_the_same_are_said_once() -> None:
-    found = [Margin(gpu, 10 * GIB, GIB, 2 * GIB) for gpu in (0, 1, 2, 5)] + [Margin(6, 5 * GIB, GIB, 7 * GIB)]
+    found = [Margin(GpuId(gpu), 10 * GIB, GIB, 2 * GIB) for gpu in (0, 1, 2, 5)] + [
+        Margin(GpuId(6), 5 * GIB, GIB, 7 * GIB)
+    ]
     said = plan_margin.reasons(found)
     why = "50% of what is estimated; 10.00 GiB are planned of 12.00 GiB, which leaves 2.00 GiB"
     assert said[0] == ("margin of GPU 0 and 1 and 2 and 5", "1.00 GiB", why)
@@ -60,7 +66,7 @@ def test_the_flagship_on_eight_l40(name: str) -> None:
     """40.4 GiB of 44 had been planned, without the holes of torch's cache: 2.4 left for 8.0 of estimates."""
     result = planned(load(name), facts("8.9", 8, memory_gib=44, host_gib=512))
     plan.refuse(result)
-    assert not memory_warnings(result) and [each.gpu for each in result.margins] == list(range(8))
+    assert not memory_warnings(result) and [each.gpu for each in result.margins] == [GpuId(i) for i in range(8)]
     assert all(each.left >= each.needed > GIB for each in result.margins)
     trainers = result.margins[4:]
     assert len({(each.planned, each.needed, each.left) for each in trainers}) == 1

@@ -22,6 +22,7 @@ from astracli.plan import offload as plan_split
 from astracli.plan.communication import DIVIDED, Peers, peers
 from astracli.plan.cost import Pace, TrainerLoad
 from astracli.plan.placement import Gpus, place
+from astracli.plan.seats import GpuId
 from astracli.plan.types import LaunchPlan
 from astracli.process.config import TrainerConfig
 from astracli.process.layout import Split, recomputed
@@ -200,7 +201,7 @@ def test_four_gpus_share_what_one_had_to_move() -> None:
 def test_a_slow_link_makes_computing_again_the_cheaper_way() -> None:
     asked = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
     for link, split in ((100e9, (0.65, "none")), (20e9, (0.2, "selective")), (1e9, (0.0, "full"))):
-        gpus = Gpus({0: int(79.6 * GIB)}, trainer=[0], pace=Pace(400e12, link))
+        gpus = Gpus({GpuId(0): int(79.6 * GIB)}, trainer=[GpuId(0)], pace=Pace(400e12, link))
         assert place(asked, SHAPE, gpus).split == Split("gpu", *split)
 
 

@@ -36,6 +36,7 @@ from astracli.machine.facts import validate
 from astracli.models import registry
 from astracli.plan import build as plan
 from astracli.plan import memory as plan_memory
+from astracli.plan.seats import GpuId
 from astracli.plan.types import LaunchPlan
 from astracli.plan.view import what
 from astracli.process.config import EngineAddress
@@ -356,7 +357,9 @@ def test_one_engine_beside_a_trainer_on_two_gpus_shares_the_first() -> None:
     document = facts("9.0", 2, memory_gib=46, host_gib=512)
     result = planned(recipe, document)
     plan.refuse(result)
-    assert result.gpu_map == {0: ["engine0", "trainer"], 1: ["trainer1"]} and result.gpu_leases == ["engine0"]
+    assert result.gpu_map == {GpuId(0): ["engine0", "trainer"], GpuId(1): ["trainer1"]} and result.gpu_leases == [
+        "engine0"
+    ]
     told = configs.of_plan(recipe, result)
     assert told["engine0"].time_sharing and told["rollout"].gpu_leases == ("engine0",)
     assert [told[name].leaves for name in ("trainer", "trainer1")] == [True, False]
@@ -375,7 +378,7 @@ def test_an_engine_and_a_trainer_on_a_gpu_each_share_nothing() -> None:
     recipe = recipe_io.load("qwen3.5-4b-m2po-delta", ("resources.rollout_gpus=1", "resources.train_gpus=1"))
     result = planned(recipe, facts("9.0", 2, memory_gib=141, host_gib=512))
     plan.refuse(result)
-    assert result.gpu_map == {0: ["engine0"], 1: ["trainer"]}
+    assert result.gpu_map == {GpuId(0): ["engine0"], GpuId(1): ["trainer"]}
     assert result.gpu_leases == [] and not result.placement.shared
     env = {p.name: p.env["CUDA_VISIBLE_DEVICES"] for p in result.processes}
     assert env == {"engine0": "0", "rollout": "", "trainer": "1", "eval": ""}

@@ -19,7 +19,7 @@ from astracli.errors import RunFailed
 from astracli.weights import WeightCorrupt
 from astracli.weights.format.manifest import version_name
 from astracli.weights.publish.publisher import Publisher
-from astracli.weights.receive import apply
+from astracli.weights.receive import apply, download
 from astracli.weights.receive.subscriber import Subscriber, choose_route
 
 __all__ = ["server"]
@@ -129,6 +129,45 @@ def test_a_cut_connection_resumes_where_it_was(tmp_path: Path, server: Server) -
     apply.apply(tmp_path / "stage", engine, None)
     assert same(engine, big)
     receiver.close()
+
+
+def test_a_large_file_comes_in_pieces_and_a_later_try_asks_for_the_missing_ones(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "PIECES_FROM", 300_000)
+    monkeypatch.setattr(download, "PIECE", 50_000)
+    big = {"w": torch.randn(200, 1000).bfloat16()}
+    publish(tmp_path / "weights", [big])
+    size = (tmp_path / "weights" / "v000000" / FULL[1]).stat().st_size
+    server.cut_after = 30_000  # each connection ends in the middle of a piece
+    source, path = download.Downloader(server.url, TOKEN, 1, None), tmp_path / "got"
+    source.fetch(0, FULL[1], size, path)
+    assert same_bytes(path, tmp_path / "weights" / "v000000" / FULL[1]) and source.downloaded == size
+    ranges = [r.removeprefix("bytes=") for p, r in server.requests if "safetensors" in p]
+    assert {f"{low}-{min(low + 50_000, size) - 1}" for low in range(0, size, 50_000)} < {*ranges}
+    path.unlink()
+    stream, calls = download.Downloader._stream, iter(range(100))
+
+    def breaks(self: download.Downloader, *args: Any) -> None:
+        if next(calls) >= 5:
+            raise OSError("gone")
+        stream(self, *args)
+
+    server.cut_after = None
+    monkeypatch.setattr(download.Downloader, "_stream", breaks)
+    with pytest.raises(RunFailed, match="gone"):
+        source.fetch(0, FULL[1], size, path)
+    assert 1 <= len(json.loads((tmp_path / "got.part.pieces").read_text())) <= 5
+    monkeypatch.setattr(download.Downloader, "_stream", stream)
+    before = source.downloaded
+    source.fetch(0, FULL[1], size, path)
+    assert same_bytes(path, tmp_path / "weights" / "v000000" / FULL[1]) and 0 < source.downloaded - before < size
+    assert not list(tmp_path.glob("got.part*"))
+    source.close()
+
+
+def same_bytes(one: Path, two: Path) -> bool:
+    return one.read_bytes() == two.read_bytes()
 
 
 def test_a_receiver_that_was_killed_goes_on_from_its_part_file(tmp_path: Path, server: Server) -> None:

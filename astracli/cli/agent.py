@@ -67,6 +67,8 @@ def agent(
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="astra-agent-")))
             threading.Thread(target=_wait_for_end, args=(interrupted,), daemon=True).start()
         setup = AgentSetup(address_of_hub, token, place, default_cache(), name or socket.gethostname(), address, wait)
+        if token_file != "-":
+            setup.read_again = lambda: _token(token_file)
         reason = Agent(setup, interrupted).run()
         say(f"left: {reason}")
     raise typer.Exit(130 if interrupted.is_set() else 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from astracli.cli.options import FactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
+from astracli.cli.options import FleetFactsOpt, JsonOpt, RecipeArg, RecipeOpt, SetOpt, load_recipe, one_name
 from astracli.cli.output import Output, out, room
 from astracli.errors import UserError
 
@@ -25,7 +25,7 @@ def doctor(
     recipe_name: RecipeArg = None,
     recipe: RecipeOpt = None,
     set_: SetOpt = None,
-    facts: FactsOpt = None,
+    facts: FleetFactsOpt = None,
     facts_out: Annotated[
         Path | None, typer.Option("--facts-out", metavar="FILE", help="Also write this machine's facts to FILE.")
     ] = None,
@@ -52,30 +52,31 @@ def doctor(
     if loaded is None and set_:
         raise UserError("--set given without a recipe", "name one: `astra doctor RECIPE --set ...`")
     if warm:
-        _warm(loaded, out(json), others=facts is not None or facts_out is not None or probe is not None)
+        _warm(loaded, out(json), others=bool(facts) or facts_out is not None or probe is not None)
         return
     from astracli.doctor.gather import gather
     from astracli.machine import documents
 
-    machine = documents.load(facts) if facts else gather(loaded)
+    machine = documents.load(facts[0]) if facts else gather(loaded)
+    fleet = documents.fleet(loaded.agents if loaded else (), facts[1:]) if facts else {}
     if facts_out:
         _write_facts(facts_out, machine.document())
     from astracli.doctor import checks
 
-    if facts is not None and probe:
+    if facts and probe:
         raise UserError("--probe measures this machine, --facts judges another", "give one of them")
     wanted = probe if probe is not None else loaded is not None or bool(machine.gpus)
     start, prompt = [], None
-    if loaded is not None and facts is None:
+    if loaded is not None and not facts:
         from astracli.launch import inputs
 
         here = inputs.findings(loaded, loaded.command, prompt=wanted)
         start, prompt = [check for check in here.refused if check.name != inputs.HOSTS], here.prompt
-    if facts is None:
+    if not facts:
         from astracli.launch.clusters import registry as clusters
 
         start = [*start, *clusters.findings(loaded)]
-    report = checks.run(loaded, machine, probe=wanted and facts is None, start=start)
+    report = checks.run(loaded, machine, probe=wanted and not facts, start=start, fleet=fleet)
     if json and prompt is not None:
         report["first_prompt"] = prompt.document()
     show(report, out(json))

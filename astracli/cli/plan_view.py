@@ -41,7 +41,7 @@ def print_plan(
     from astracli.plan.view import render, to_json
 
     described = documents.load(facts) if facts is not None else None
-    fleet = {host: documents.load(name) for host, name in zip(_hosts(recipe, others), others, strict=True) if name}
+    fleet = documents.fleet(recipe.agents, others)
     found = launch.planned(recipe, command, described, fleet)
     here = inputs.findings(recipe, command, resumed) if described is None else inputs.Findings([], None)
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
@@ -75,17 +75,6 @@ def print_plan(
         output.error(check.value, check.fix or None)
     if refused:
         raise typer.Exit(2)
-
-
-def _hosts(recipe: Recipe, others: Sequence[str | None]) -> list[str]:
-    """The hosts that documents are given for. Raises UserError when the run has fewer."""
-    agents = recipe.agents
-    if len(others) > len(agents):
-        raise UserError(
-            f"--facts is given {1 + len(others)} times, and launch.hosts has {1 + len(agents)} for it",
-            'a cluster is planned with, for example, `--set \'launch.hosts=["a", "b"]\'`',
-        )
-    return list(agents[: len(others)])
 
 
 def refuse_facts(facts: str | None, dry_run: bool, command: Command) -> None:

@@ -269,7 +269,8 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _coherent_hosts(self) -> Recipe:
-        if problem := self.launch.problem(self.agents):
+        agents = self.agents
+        if problem := self.launch.problem(agents) or self.launch.ranks_problem(self.resources, agents):
             raise ValueError(problem)
         return self
 

@@ -101,10 +101,16 @@ class ResourcesTable(Table):
     """How they share a GPU. `side_by_side`: each keeps its part, and the engine reserves what the trainer leaves.
     `time_sharing`: the trainer waits in host memory while the engine generates, and the engine releases its KV cache
     for a training step. `auto`: `time_sharing` only if both do not fit side by side."""
+    gpu_memory_gib: Annotated[float, Field(ge=1.0, le=4096.0)] | None = None
+    """Most memory that a run uses of each GPU, in GiB. The plan is then that of a smaller GPU: engines reserve their
+    part of it, and torch gives a trainer no more. None: all of it."""
     engines: SomeProcesses = 1
     """Engine processes on a CPU. On GPUs there is one per rollout GPU."""
     train_ranks: SomeProcesses = 1
     """Trainer processes on a CPU (FSDP2 over gloo). On GPUs there is one per training GPU."""
+    train_hosts: SomeProcesses = 1
+    """Hosts over which the trainer's processes are divided, in equal parts: the first so many of `launch.hosts`. More
+    than one needs `launch.network = "private"`, and a run directory that all of them see."""
     engine: EngineEnv = EngineEnv()
     threads: ThreadsTable = ThreadsTable()
 
@@ -146,6 +152,28 @@ class LaunchTable(Table):
     """Steps whose groups stay listed in hub.sqlite, a row each. Older rows are counted and deleted: the file stops
     growing. None: 100, or 1000 with `data.curriculum`, which reads solve rates from these rows. (What was generated
     leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
+
+    def ranks_problem(self, resources: ResourcesTable, agents: Sequence[str]) -> str | None:
+        """Why the trainer cannot run on so many hosts; None when it can. `agents`: hosts other than the
+        first."""
+        wanted, there = resources.train_hosts, 1 + len(agents)
+        if wanted == 1:
+            return None
+        if wanted > there:
+            return (
+                f"resources.train_hosts = {wanted} asks for more hosts than launch.hosts names ({there}): name "
+                'them, as `launch.hosts = ["a", "b"]`'
+            )
+        key = "train_gpus" if resources.train_gpus else "train_ranks"
+        ranks = getattr(resources, key)
+        if ranks % wanted:
+            return f"resources.{key} = {ranks} cannot be divided over resources.train_hosts = {wanted} in equal parts"
+        if self.network != "private":
+            return (
+                f"resources.train_hosts = {wanted}: the collectives of torch and NCCL between hosts know no token and "
+                'are not encrypted: set launch.network = "private" if only machines that you trust are in that network'
+            )
+        return None
 
     def problem(self, agents: Sequence[str]) -> str | None:
         """Why these values do not go together; None when they do. `agents`: hosts other than the first."""

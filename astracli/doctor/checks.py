@@ -6,12 +6,13 @@ rest is `ok`, `warn` or `skip`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from astracli.config.recipe import Recipe
-from astracli.doctor import data, gpu, network, recipe, system, trainer
+from astracli.doctor import data, gpu, hosts, network, recipe, system, trainer
 from astracli.doctor.subject import Check, Subject, subject
 from astracli.engines import registry as engines
 from astracli.machine.facts import Machine
@@ -44,18 +45,29 @@ GROUPS: tuple[Callable[[Subject], Iterator[Check]], ...] = (
 )
 
 
-def run(asked: Recipe | None, facts: Machine, probe: bool = False, start: Sequence[Check] = ()) -> dict[str, Any]:
+OF_EVERY_HOST = (system.checks, system.python, gpu.checks, trainer.kernels, serving)
+"""Groups that judge each host of a run; the others are of the first alone."""
+
+
+def run(
+    asked: Recipe | None,
+    facts: Machine,
+    probe: bool = False,
+    start: Sequence[Check] = (),
+    fleet: Mapping[str, Machine] = MappingProxyType({}),
+) -> dict[str, Any]:
     """The report: `{"ok", "checks", "backends", "placement", "memory_by_place", "facts"}`.
 
     `probe` also measures on this machine. `start`: what a start of the recipe here would refuse; it takes the place of
-    a group's own finding about the same thing.
+    a group's own finding about the same thing. `fleet`: documents of the other hosts.
     """
-    judged = subject(asked, facts)
+    judged = subject(asked, facts, fleet)
     refused = {check.name for check in start}
     found = [check for group in GROUPS for check in group(judged)]
     found = [c for c in found if c.status != "fail" or START.get(c.name, c.name) not in refused]
     told = {check.why for check in found}
     found += [check for check in start if check.value not in told]
+    found += hosts.checks(judged, fleet, OF_EVERY_HOST)
     if probe:
         from astracli.doctor import probes
 

@@ -78,7 +78,8 @@ def _taken(subject: Subject) -> Iterator[Check]:
     if subject.recipe is not None and not subject.cuda:
         yield Check("gpus in use", GROUP, "ok", "the recipe uses none")
         return
-    used = plan.gpu_map if plan is not None and subject.cuda else {}
+    mine = plan.gpu_map if plan is not None and subject.cuda else {}
+    used = {gpu.index: names for gpu, names in mine.items() if gpu.host == subject.host}
     every = subject.facts.visible_gpus
     gpus = [gpu for gpu in every if gpu.index in used] if used else every
     busy = False

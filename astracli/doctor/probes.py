@@ -160,7 +160,8 @@ def _rank_gpus(subject: Subject) -> list[int]:
     if subject.recipe is None:
         return there
     processes = subject.plan.processes if subject.plan is not None else ()
-    return [gpu for p in processes if p.role is Role.TRAINER for gpu in p.gpus if gpu in there]
+    mine = [process for process in processes if process.role is Role.TRAINER and process.host is None]
+    return [gpu for process in mine for gpu in process.gpus if gpu in there]
 
 
 def _imports(subject: Subject, device: str) -> dict[str, str]:

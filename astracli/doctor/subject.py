@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from astracli.backends.choice import BackendChoice, choose
@@ -26,6 +27,8 @@ class Subject:
 
     facts: Machine
     recipe: Recipe | None = None
+    host: str | None = None
+    """Whose facts these are, by its name in launch.hosts; None: the first host."""
     config: Mapping[str, Any] | None = None
     """config.json of the recipe's checkpoint, when it is known."""
     adapter: ModelAdapter | None = None
@@ -76,15 +79,17 @@ class Subject:
         return "fail" if needed and self.recipe is not None else "warn"
 
 
-def subject(recipe: Recipe | None, facts: Machine) -> Subject:
-    """Facts and recipe made ready for the checks: adapter, backends and plan. A refusal is kept, not raised."""
+def subject(recipe: Recipe | None, facts: Machine, fleet: Mapping[str, Machine] = MappingProxyType({})) -> Subject:
+    """Facts and recipe made ready for the checks: adapter, backends and plan. A refusal is kept, not raised. `fleet`:
+    the other hosts, as far as they are known."""
     if recipe is None:
         return Subject(facts)
-    found = Subject(facts, recipe, _config(recipe, facts))
+    found = Subject(facts, recipe, config=_config(recipe, facts))
     try:
         found = replace(found, adapter=(adapter := registry.resolve(recipe, found.config)))
         found = replace(found, choice=(choice := choose(adapter, facts, recipe, found.config)))
-        return replace(found, plan=build(recipe, adapter, choice, facts, command=recipe.command, config=found.config))
+        plan = build(recipe, adapter, choice, facts, command=recipe.command, config=found.config, fleet=fleet)
+        return replace(found, plan=plan)
     except UserError as error:
         return replace(found, refusal=error)
 

@@ -71,12 +71,14 @@ class Agents:
         on_news: Callable[[str, ProcessNews, bytes], None] = lambda host, news, text: None,
         on_ticket: Callable[[str, str], None] = lambda host, ticket: None,
         newcomers: str | None = None,
+        judge: Callable[[str, Mapping[str, Any]], str | None] = lambda host, facts: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`versions`: of the packages that must be the same on every host. `on_news`: a process's state and what it
-        wrote; `on_ticket`: a host's new ticket. `newcomers`: why no host beside these may join; None: any may."""
+        wrote; `on_ticket`: a host's new ticket. `newcomers`: why no host beside these may join; None: any may.
+        `judge`: why a host with these facts may not, None when it may."""
         self._run, self._versions, self.lease_s = run, dict(versions), lease_s
-        self._on_news, self._on_ticket, self._clock = on_news, on_ticket, clock
+        self._on_news, self._on_ticket, self._clock, self._judge = on_news, on_ticket, clock, judge
         self._lock = threading.RLock()
         self._agents: dict[str, Agent] = {}
         self._tickets: dict[str, str] = {}
@@ -166,6 +168,8 @@ class Agents:
                         f"host `{host}` has {name} {theirs or '(not installed)'}, this run uses {name} {ours}",
                         f"install the same versions on every host: `pip install '{name}=={ours}'`",
                     )
+            if (wrong := self._judge(host, facts)) is not None:
+                raise self._refusal(f"host `{host}` cannot join: {wrong}")
             if there is not None and there.address != address:
                 raise self._refusal(
                     f"host `{host}` had the address {there.address}, now it comes from {address}",

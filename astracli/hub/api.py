@@ -32,6 +32,8 @@ from astracli.process.server import TokenGuard
 from astracli.runs import metrics
 
 T = TypeVar("T")
+ASK_S = 5e-5
+"""For every request that waits, between two times that all are woken: an engine's target takes about half of that."""
 RECHECK_S = 1.0
 """A waiting request looks again this often even when nothing changed: leases expire by time alone."""
 
@@ -53,18 +55,32 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 class _Pulse:
-    """Wakes every waiting request when the store changed, from whichever thread it did."""
+    """Wakes every waiting request when the store changed, from whichever thread it did. Each of them then asks again,
+    so that changes close together wake them once, and the more wait the longer they are collected."""
 
     def __init__(self, store: HubStore | Agents):
         self._event = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting = 0
+        self._next = 0.0
+        """Time of the loop before which nobody is woken again."""
+        self._planned = False
         store.subscribe(self._on_change)
 
     def _on_change(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._beat)
+            self._loop.call_soon_threadsafe(self._plan)
+
+    def _plan(self) -> None:
+        assert self._loop is not None
+        if not self._planned:
+            self._planned = True
+            self._loop.call_at(self._next, self._beat)
 
     def _beat(self) -> None:
+        assert self._loop is not None
+        self._planned = False
+        self._next = self._loop.time() + ASK_S * self._waiting
         self._event.set()
         self._event = asyncio.Event()
 
@@ -78,8 +94,12 @@ class _Pulse:
             left = end - time.monotonic()
             if poll.ready(reply) or left <= 0:
                 return reply
-            with suppress(TimeoutError):
-                await asyncio.wait_for(event.wait(), min(left, RECHECK_S))
+            self._waiting += 1
+            try:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(event.wait(), min(left, RECHECK_S))
+            finally:
+                self._waiting -= 1
             if await request.is_disconnected():
                 return reply
 
@@ -192,7 +212,7 @@ def build_app(
     if weights_app is not None:
         routes.append(Mount("/weights", weights_app))
     if agents is not None:
-        routes += agent_api.routes(agents, _Pulse(agents).answer, inputs)
+        routes += agent_api.routes(agents, _Pulse(agents).answer, inputs, hub.status, lambda: store.stop_requested)
     known: Any = dict.fromkeys((BadRequest, AstraError, OSError, sqlite3.OperationalError), _on_error)
     app: ASGIApp = Starlette(routes=routes, exception_handlers=known)
     refusal = _error(401, "missing or wrong token")

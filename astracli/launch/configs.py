@@ -117,8 +117,9 @@ def build(
             }  # a rollout worker has those of its host
             asked = [e for name, e in engines.items() if process.role is not Role.ROLLOUT or name in beside]
             config = _client(context, process, own | {"engines": tuple(asked)})
-        env = {**interfaces(process.role, host), **_rank_env(process, host, rendezvous)}
-        env = {} if process.host is not None else env  # its agent knows its own interfaces
+        env = _rank_env(process, host, rendezvous)
+        if process.host is None:  # another host's agent knows its own interfaces
+            env = {**interfaces(process.role, host), **env}
         processes.append(Process(process, config, env))
     return processes
 
@@ -148,13 +149,14 @@ def _elsewhere(recipe: Recipe, site: Site) -> dict[str, Any]:
 
 def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
     plan, recipe = context.plan, context.recipe
+    fraction = plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe)
     return EngineConfig(
         **own,
         device=plan.choice.device,
         published=context.training,
         await_weights=context.resume_step is not None,
         time_sharing=process.name in plan.gpu_leases,
-        mem_fraction_static=plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe),
+        mem_fraction_static=fraction * plan.gpu_share,
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
         linear_attention=plan.choice.linear_attention,
@@ -188,7 +190,7 @@ def _client(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         split=plan.placement.split,
         shared=plan.placement.shared,
         gpu_leases=leases,
-        leaves=any(name in leases for gpu in process.gpus for name in plan.gpu_map[gpu]),
+        leaves=any(name in leases for gpu in process.gpu_ids for name in plan.gpu_map[gpu]),
         warm_up=context.warm or (plan.choice.device == "cuda" and not leases),
         teacher_path=context.inputs.teacher,
         data_paths=dict(context.inputs.data) if plan.command == "sft" else {},
@@ -207,7 +209,8 @@ def interfaces(role: Role, host: str) -> dict[str, str]:
 
 
 def _rank_env(process: ProcessPlan, host: str, port: int) -> dict[str, str]:
-    """torchrun's variables on one node, for a trainer of several ranks. A rank on a GPU sees that one alone."""
+    """torchrun's variables, for a trainer of several ranks. They meet on the host of rank 0, the first. A rank on a GPU
+    sees that one alone."""
     if process.role is not Role.TRAINER:
         return {}
     return {

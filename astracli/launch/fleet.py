@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -16,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe_run import NEWCOMER, LaunchTable
-from astracli.errors import RunFailed
+from astracli.errors import RunFailed, UserError
 from astracli.hub.agent_types import ProcessNews
 from astracli.hub.agents import Agents
-from astracli.launch import configs
+from astracli.launch import configs, shared_dir
 from astracli.launch.clusters.keeper import Keeper
 from astracli.launch.configs import RunContext, Site
 from astracli.launch.host_inputs import HostInputs
 from astracli.launch.launcher import Launcher, Process, Started
 from astracli.launch.remote import RemoteProcess
-from astracli.machine.facts import validate
+from astracli.machine.facts import Machine, validate
+from astracli.machine.memory import speed
 from astracli.plan import hosts
 from astracli.process.atomic import write_atomic
 from astracli.process.config import Role
@@ -67,6 +69,8 @@ class Fleet:
         self._lock = threading.Lock()
         self._joined: list[str] = []
         """Hosts beside the plan's."""
+        self._named = Counter(process.role for process in context.plan.processes)
+        """Processes that have a name, by role."""
         self._told: set[tuple[str, str]] = set()
         self.url = ""
         self.inputs = HostInputs(context.inputs)
@@ -78,13 +82,23 @@ class Fleet:
             on_news=self._news,
             on_ticket=self._write_ticket,
             newcomers=self._refuses_newcomers(),
+            judge=self._judge,
         )
 
     def _refuses_newcomers(self) -> str | None:
         """Why no host may join beside the plan's; None when any may."""
         if self._limits.deterministic:
             return "a deterministic run keeps its engines"
-        return None if self._context.plan.choice.device == "cpu" else "only runs on CPUs take more hosts"
+        return None
+
+    def _judge(self, host: str, facts: Mapping[str, Any]) -> str | None:
+        """Why a host with these facts cannot join; those of the plan are planned with when all are here."""
+        try:
+            machine = validate(facts).limited(self._context.recipe.resources.gpu_memory_gib)
+        except UserError as error:
+            return error.message
+        planned = host in self._planned or self._context.plan.choice.device == "cpu"
+        return None if planned else hosts.refusal_of_newcomer(self._context.plan, machine)
 
     @property
     def takes_newcomers(self) -> bool:
@@ -127,10 +141,6 @@ class Fleet:
                 return
         for host in self._planned:
             self._note(host)
-            agent = self.agents.agent(host)
-            short = hosts.shortage(self._context.plan, host, validate(agent.facts)) if agent is not None else None
-            if short is not None:
-                raise RunFailed(short, hosts.TOO_SMALL)
         if self.takes_newcomers:
             say(f"more hosts may join: `{self.command(NEWCOMER)}`")
 
@@ -151,7 +161,19 @@ class Fleet:
             return
         self._told.add((host, agent.ident))
         write_atomic(self._tokens / f"{host}.json", json.dumps(agent.facts, indent=1) + "\n", mode=0o600)
-        say(f"host `{host}` is here: {agent.address}")
+        facts = validate(agent.facts)
+        gpus = f", {len(facts.visible_gpus)} x {facts.visible_gpus[0].name}" if facts.visible_gpus else ""
+        link = f", {speed(facts.link)} from here" if facts.link else ""
+        say(f"host `{host}` is here: {agent.address}{gpus}{link}")
+
+    def machines(self) -> dict[str, Machine]:
+        """The facts of the plan's hosts that are here."""
+        agents = {host: self.agents.agent(host) for host in self._planned}
+        return {host: validate(agent.facts) for host, agent in agents.items() if agent is not None}
+
+    def use(self, context: RunContext) -> None:
+        """The plan was made again, with the facts of the hosts."""
+        self._context = context
 
     def sites(self) -> dict[str, Site]:
         """Where the engines of each host are, and what they ask of their callers."""
@@ -175,19 +197,17 @@ class Fleet:
         return found
 
     def newcomers(self) -> list[Process]:
-        """An engine and a rollout worker for each host that joined beside the plan's. The engine serves nothing before
-        it holds a version that was checked."""
+        """Engines and a rollout worker for each host that joined beside the plan's. Engines serve nothing before they
+        hold a version that was checked."""
         found: list[Process] = []
         for host in self.agents.hosts:
             if host in self._planned or host in self._joined or not self.has(host):
                 continue
             self._joined.append(host)
-            plan, beyond = self._context.plan, len(self._joined) - 1
-            made = []
-            for role in (Role.ENGINE, Role.ROLLOUT):
-                like = [process for process in plan.processes if process.role is role]
-                name = f"{role.value}{len(like) + beyond}"
-                made.append(replace(like[0], name=name, host=host, restarts=0))
+            plan, agent = self._context.plan, self.agents.agent(host)
+            machine = validate(agent.facts) if agent is not None and plan.choice.device == "cuda" else None
+            made = hosts.joining(plan, host, machine, self._named[Role.ENGINE], self._named[Role.ROLLOUT])
+            self._named.update(process.role for process in made)
             context = replace(self._context, plan=replace(plan, processes=tuple(made)))
             with ExitStack() as none:  # its host has its own ports
                 found += [process.again() for process in configs.build(context, self.url, none, self.sites())]
@@ -244,6 +264,8 @@ class Fleet:
             "env": dict(process.env),
             "inputs": self.inputs.document,
         }
+        if process.plan.role is Role.TRAINER:
+            document["shared"] = shared_dir.offer(self._run.path).document()
         self.agents.order(host, "start", start=number, document=document)
         return started
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.plan.build import MODULES
+from astracli.plan.draft import MODULES
 from astracli.plan.types import ProcessPlan
 from astracli.process.children import ChildSpec, environment
 from astracli.process.config import Role

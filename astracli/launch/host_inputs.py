@@ -26,13 +26,14 @@ class HostInputs:
     """On the first host: the files, by path, and each under a name that an agent asks for."""
 
     def __init__(self, inputs: Inputs):
-        self._model, self._data = inputs.model, list(filter(None, inputs.data.values()))
+        self._models = [inputs.model, *filter(None, [inputs.teacher])]
+        self._data = list(filter(None, inputs.data.values()))
 
     @cached_property
     def document(self) -> dict[str, list[dict[str, Any]]]:
         """Path -> its files: `file` below it ("" of the path itself), `bytes`, `xxh3`."""
-        of_model = {str(self._model): [_described(self._model, file) for file in _files(self._model, OF_A_MODEL)]}
-        return of_model | {str(path): [_described(path, file) for file in _files(path)] for path in self._data}
+        of_models = {str(path): [_described(path, file) for file in _files(path, OF_A_MODEL)] for path in self._models}
+        return of_models | {str(path): [_described(path, file) for file in _files(path)] for path in self._data}
 
     def file(self, name: str) -> Path | None:
         """The file that is asked for as `digest`; None for any other."""

@@ -7,12 +7,12 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.errors import AstraError, RunFailed, machine_failed, refused_by_system
+from astracli.errors import AstraError, RunFailed, UserError, machine_failed, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
 from astracli.launch.clusters import registry as clusters
 from astracli.launch.clusters.keeper import Keeper
@@ -26,9 +26,13 @@ from astracli.launch.restarts import Resumes, Start
 from astracli.launch.supervise import Supervisor
 from astracli.launch.usage import UsageLog
 from astracli.launch.watch import Watch, unharmed
+from astracli.machine.facts import Machine
+from astracli.plan.build import refuse
+from astracli.plan.types import LaunchPlan
 from astracli.plan.view import to_json
 from astracli.process.atomic import write_atomic
 from astracli.process.config import Role
+from astracli.process.console import say
 from astracli.process.open_files import raise_open_files
 from astracli.process.signals import signals
 from astracli.report.alerts import Alerts
@@ -58,6 +62,8 @@ class Job:
     """Empty when the job ended before its first process."""
     save: threading.Event = field(default_factory=threading.Event)
     """Set by SIGUSR1: a checkpoint was asked for, and then the end."""
+    replan: Callable[[Mapping[str, Machine]], LaunchPlan] | None = None
+    """The plan again, with the facts of the hosts that agents have told; None: it stays."""
     _started: float = field(default_factory=time.time)
 
     def run(self) -> int:
@@ -141,11 +147,12 @@ class Job:
                 fleet.gather(server.url, interrupted, lambda: server.alive)
                 if interrupted.is_set():
                     return True
+                context = self._with_hosts(fleet)
             processes = configs.build(context, server.url, stack, fleet.sites() if fleet else {})
             place = Place(run)
             alerts = Alerts(by_rewards=context.recipe.sft is None)
             watch = Watch(run, context.recipe.train.steps if context.training else None, store, sinks, place, alerts)
-            usage = UsageLog(run, launcher, context.plan.gpu_map)
+            usage = UsageLog(run, launcher, [gpu.index for gpu in context.plan.gpu_map if gpu.host is None])
 
             def tick(supervisor: Supervisor) -> None:
                 watch(supervisor)
@@ -206,6 +213,29 @@ class Job:
         stack.callback(fleet.close)  # before the hub: agents hear from it that all ends
         if fleet.keeper is not None:
             stack.callback(fleet.keeper.hold)
+
+    def _with_hosts(self, fleet: Fleet) -> RunContext:
+        """The plan made again now that every host of it has said what it is. Raises RunFailed for what one lacks."""
+        context, machines = self.context, fleet.machines()
+        if self.replan is None or not machines:
+            return context
+        plan = self.replan(machines)
+        try:
+            refuse(plan)
+        except UserError as error:
+            raise RunFailed(error.message, error.hint) from None
+        if plan.gpu_leases != context.plan.gpu_leases:
+            raise RunFailed(
+                "with the GPUs of the other hosts, engine and trainer would share theirs otherwise than was planned",
+                "say how: `--set resources.share_mode=time_sharing` or `side_by_side`",
+            )
+        for warning in plan.warnings:
+            if warning not in context.plan.warnings:
+                say(f"warning: {warning}")
+        self.context = replace(context, plan=plan)
+        fleet.use(self.context)
+        write_plan(context.run_dir, plan)
+        return self.context
 
     def _forks(self) -> Forks | None:
         """What forks this run's processes; None where each starts by itself."""
@@ -287,10 +317,14 @@ class Job:
         )
 
 
-def open_run(run: RunDir, recipe_text: str, plan: Mapping[str, Any]) -> int:
+def write_plan(run: RunDir, plan: LaunchPlan) -> None:
+    write_atomic(run.plan_json, json.dumps(to_json(plan), indent=2, default=str) + "\n")
+
+
+def open_run(run: RunDir, recipe_text: str, plan: LaunchPlan) -> int:
     """Write recipe.json and plan.json, clear what an earlier attempt staged; returns the attempt's number."""
     write_atomic(run.recipe_json, recipe_text)
-    write_atomic(run.plan_json, json.dumps(plan, indent=2, default=str) + "\n")
+    write_plan(run, plan)
     report_data.write_machine(run)
     shutil.rmtree(run.stage, ignore_errors=True)
     return run.next_attempt()

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from astracli.launch.forks import Forks
@@ -25,11 +26,12 @@ QUIET = {"TQDM_DISABLE": "1"}
 """A log is no terminal."""
 
 
-def child_spec(process: Process, lock_fd: int | None = None) -> ChildSpec:
+def child_spec(process: Process, lock_fd: int | None = None, folder: Path | None = None) -> ChildSpec:
     """Write its config, which only its owner can read: it holds the token. Returns how the process is started.
-    `lock_fd`: holds the run directory for as long as the process lives."""
+    `lock_fd`: holds the run directory for as long as the process lives. `folder`: where config and log go, in the
+    place of the run directory."""
     plan, config = process.plan, process.config
-    run = RunDir(config.run_dir)
+    run = RunDir(folder or config.run_dir)
     run.config.mkdir(mode=0o700, parents=True, exist_ok=True)
     document = run.config / f"{plan.name}.json"
     write_atomic(document, config.model_dump_json(indent=1) + "\n", mode=0o600)
@@ -63,8 +65,15 @@ def _no_proxy(host: str) -> dict[str, str]:
 class LocalLauncher:
     """`launcher.Launcher` on this machine."""
 
-    def __init__(self, lock_fd: int | None = None, sample_s: float = 1.0, forks: Forks | None = None):
-        self._lock_fd = lock_fd
+    def __init__(
+        self,
+        lock_fd: int | None = None,
+        sample_s: float = 1.0,
+        forks: Forks | None = None,
+        folder: Path | None = None,
+    ):
+        """`folder`: of configs and logs; None: the run directory."""
+        self._lock_fd, self._folder = lock_fd, folder
         self._forks = forks
         self._children: dict[str, Child] = {}
         self._memory = MemorySampler(sample_s)
@@ -86,7 +95,8 @@ class LocalLauncher:
 
     def start(self, process: Process) -> Child:
         child = Child(
-            child_spec(process, self._lock_fd), partial(self._forks.fork, process.plan) if self._forks else None
+            child_spec(process, self._lock_fd, self._folder),
+            partial(self._forks.fork, process.plan) if self._forks else None,
         )
         self._children[child.name] = child
         self._memory.start(self._names)

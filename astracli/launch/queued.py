@@ -15,7 +15,6 @@ from astracli.launch.clusters.contract import Job, Queue
 from astracli.plan import hosts
 from astracli.plan.types import LaunchPlan
 from astracli.process.atomic import write_atomic
-from astracli.process.config import Role
 from astracli.process.console import say
 from astracli.runs.run_dir import RunDir
 
@@ -28,8 +27,7 @@ def text(recipe: Recipe, plan: LaunchPlan, run: Path) -> str | None:
 
 def refuse(recipe: Recipe, plan: LaunchPlan) -> None:
     """Raise UserError for what no machine of the queue would mend; the job itself judges its machines."""
-    engines = sum(process.role is Role.ENGINE for process in plan.processes)
-    for problem in hosts.problems(recipe, engines, plan.choice.device == "cuda"):
+    for problem in hosts.problems(recipe, plan.processes):
         raise UserError(problem.message, problem.hint)
 
 

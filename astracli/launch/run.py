@@ -37,7 +37,6 @@ from astracli.models import registry
 from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
-from astracli.plan.view import to_json
 from astracli.process.atomic import write_atomic
 from astracli.process.config import Keep, SampleFile
 from astracli.process.console import plain, say
@@ -58,6 +57,8 @@ def planned(
 
     here, recorded = facts is None, facts.checkpoint if facts is not None else None
     facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
+    most = recipe.resources.gpu_memory_gib
+    facts, fleet = facts.limited(most), {host: other.limited(most) for host, other in fleet.items()}
     config: Mapping[str, Any] | None = None
     if recorded is not None and recorded.path == recipe.model.path:
         config = recorded.config
@@ -224,13 +225,13 @@ def _run(
 ) -> tuple[int, Mapping[str, Any]]:
     """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
     `changes`: what a resume changes in the recipe; `more`: further fields of `RunContext`."""
-    attempt = job.open_run(run, recipe_io.to_json(recipe), to_json(plan))
+    attempt = job.open_run(run, recipe_io.to_json(recipe), plan)
     cluster = clusters.of(recipe)
     save_s = cluster.queue.save_s(recipe) if cluster is not None and cluster.queue is not None else None
     context = RunContext(clusters.addressed(recipe), plan, run, attempt, inputs, save_s=save_s, **more)
     apply_changes(run, context.resume_step or 0, attempt, changes)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
-    task = Job(context, before)
+    task = Job(context, before, replan=lambda machines: planned(recipe, plan.command, fleet=machines))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     names = ", ".join(process.name for process in plan.processes)

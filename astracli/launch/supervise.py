@@ -265,9 +265,10 @@ class Supervisor:
 
     def _lost_host(self, process: Process, host: str) -> None:
         """A process has ended with its host's agent: the run goes on without, and starts it where an agent comes again.
-        A deterministic run ends: a wave that lost an engine begins anew from the checkpoint."""
+        A deterministic run ends: a wave that lost an engine begins anew from the checkpoint. So does a run that lost a
+        rank of its trainer."""
         words = f"the agent of host `{host}` {self._launcher.gone(host)}"
-        if self._limits.deterministic:
+        if self._limits.deterministic or process.name in self._main:
             raise RunFailed(f"{words}, and `{process.name}` with it", self._hint() or None)
         if not self.away.waits_for(host):
             self.warn(f"{words}: the run goes on without it, and uses it again when an agent is there")

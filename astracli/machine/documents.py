@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from astracli.config import reading
@@ -38,6 +39,17 @@ def load(text: str) -> Machine:
         hint = f"{guess}they are {', '.join(names())}; or name a file: {RECORD}"
         raise UserError(f"no machine `{text}` ships with astra, and there is no such file", hint)
     return _read(path, text)
+
+
+def fleet(hosts: Sequence[str], texts: Sequence[str | None]) -> dict[str, Machine]:
+    """The documents of the hosts beside the first. `texts`: what `--facts` names after its first time. Raises UserError
+    when the run has fewer hosts."""
+    if len(texts) > len(hosts):
+        raise UserError(
+            f"--facts is given {1 + len(texts)} times, and launch.hosts has {1 + len(hosts)} for it",
+            'a cluster is planned with, for example, `--set \'launch.hosts=["a", "b"]\'`',
+        )
+    return {host: load(text) for host, text in zip(hosts, texts, strict=False) if text}
 
 
 def _read(path: Path, text: str) -> Machine:

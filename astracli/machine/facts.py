@@ -100,10 +100,13 @@ class Gpu(_Part):
     name: str
     compute_capability: str
     memory_total: int | None
+    """Bytes that may be used."""
     memory_free: int | None
     driver: str
     processes: tuple[GpuProcess, ...] = ()
     """As nvidia-smi lists them. In a container it often lists none although memory is in use."""
+    memory_card: int | None = None
+    """Bytes that the card has, where `memory_total` is less (`Machine.limited`)."""
 
     @property
     def capability(self) -> Capability:
@@ -199,6 +202,8 @@ class Machine(_Part):
     """Why `nvidia-smi` gave no answer although it is there."""
     peer_link: PeerLink | None = None
     """The slowest way between two GPUs, as `nvidia-smi topo -m` shows it; None = fewer than two, or not known."""
+    link: float | None = None
+    """Bytes/s that reach this host from the first of a run, as its agent measured; None = not measured."""
     compilers: Compilers
     env: dict[str, str | None]
     engine: Environment | None = None
@@ -238,6 +243,25 @@ class Machine(_Part):
                 break  # as CUDA does: the first entry that names nothing ends the list
             result.append(gpu)
         return result
+
+    def limited(self, gpu_gib: float | None) -> Machine:
+        """This machine when at most `gpu_gib` GiB of each GPU may be used."""
+        if gpu_gib is None:
+            return self
+        most = int(gpu_gib * 2**30)
+        gpus = tuple(
+            gpu.model_copy(update={"memory_total": most, "memory_card": gpu.memory_total})
+            if gpu.memory_total is not None and gpu.memory_total > most
+            else gpu
+            for gpu in self.gpus
+        )
+        return self.model_copy(update={"gpus": gpus})
+
+    @property
+    def gpu_share(self) -> float:
+        """Of the memory of each visible card, what may be used; the least of them."""
+        shares = [g.memory_total / g.memory_card for g in self.visible_gpus if g.memory_total and g.memory_card]
+        return min(shares, default=1.0)
 
     @property
     def gpu_sizes(self) -> dict[int, int]:

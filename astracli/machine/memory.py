@@ -97,6 +97,14 @@ def safe(estimated: int) -> int:
     return estimated + int(MARGIN * estimated)
 
 
+def speed(rate: float) -> str:
+    """Bytes/s for people: `1.2 GB/s`, `850 kB/s`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if rate >= size:
+            return f"{rate / size:.3g} {unit}/s"
+    return f"{rate / 1e3:.3g} kB/s"
+
+
 def words(count: int) -> str:
     """Bytes for people: `7.83 GiB`, `34.0 MiB`."""
     size = float(count)

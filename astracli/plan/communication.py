@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from astracli.config.recipe_train import Sharding
 from astracli.machine.facts import Gpu, PeerLink
@@ -24,6 +24,8 @@ RING = 0.75
 """The part of NVLink's bandwidth that a collective over it reaches (estimated)."""
 OVER_PCIE = 0.5
 """The same of PCIe, which the ranks share with each other and with copies to the host (estimated)."""
+NETWORK = 1.25e9
+"""Bytes/s between hosts, where nobody has measured them: 10 Gbit/s."""
 WRAPPED = 0.10
 """How much longer passes take under FSDP2, which copies and casts what it gathers and sums (measured as above)."""
 DIVIDED: dict[Sharding, str] = {
@@ -38,14 +40,16 @@ DIVIDED: dict[Sharding, str] = {
 class Peers(NamedTuple):
     """How the trainer's GPUs reach each other."""
 
-    link: PeerLink
+    link: PeerLink | Literal["network"]
     rate: float
     """Bytes/s that a collective moves from each to the next."""
     known: bool = True
-    """Whether the machine says so; otherwise the names of its GPUs do."""
+    """Whether the machine says so; otherwise the names of its GPUs do, or `NETWORK` is taken."""
 
     @property
     def words(self) -> str:
+        if self.link == "network":
+            return f"the network, {self.rate / 1e9:.2g} GB/s {'measured' if self.known else 'assumed'}"
         return f"{self.link}, {self.rate / 1e9:.0f} GB/s" + ("" if self.known else " by the GPUs' names")
 
 
@@ -56,6 +60,12 @@ def peers(gpus: Sequence[Gpu], link: PeerLink | None) -> Peers:
     """Of the slowest of these GPUs. `link`: as the machine's facts have it; None = not known."""
     each = [_peers(gpu, link) for gpu in gpus]
     return min(each, key=lambda found: found.rate, default=USUAL_PEERS)
+
+
+def over_network(links: Sequence[float | None]) -> Peers:
+    """Of ranks on several hosts. `links`: bytes/s to each of these but the first; None: not measured."""
+    known = [link for link in links if link is not None]
+    return Peers("network", min(known, default=NETWORK), known=bool(known))
 
 
 def _peers(gpu: Gpu, link: PeerLink | None) -> Peers:

@@ -16,7 +16,7 @@ from astracli.config.recipe_train import RECOMPUTED_BLOCKS
 from astracli.engines import registry as engines
 from astracli.machine.facts import Gpu, PeerLink
 from astracli.models.adapter import MemoryShape
-from astracli.plan.communication import USUAL_PEERS, WRAPPED, Peers, exchanged, peers
+from astracli.plan.communication import GRADIENT, USUAL_PEERS, WRAPPED, Peers, exchanged, peers
 from astracli.process.layout import Split, recomputed
 
 PEAK = {
@@ -50,6 +50,8 @@ class Pace:
     """Bytes/s to and from the host, together."""
     peers: Peers = USUAL_PEERS
     """To the GPUs of other ranks."""
+    inside: Peers = USUAL_PEERS
+    """To those of the same host."""
 
 
 USUAL_PACE = Pace()
@@ -63,6 +65,8 @@ class TrainerLoad:
     shape: MemoryShape
     ranks: int
     pace: Pace = USUAL_PACE
+    hosts: int = 1
+    """Over which the ranks are divided, as many on each."""
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
@@ -71,7 +75,7 @@ class TrainerLoad:
         gpus = {"rollout_gpus", "train_gpus", "share_gpus"}
         engine = {"max_running_requests", engines.of(self.recipe).name}
         known = self.recipe.model_dump_json(exclude={"resources": gpus, "rollout": engine})
-        return known, self.shape, self.ranks, self.pace
+        return known, self.shape, self.ranks, self.pace, self.hosts
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainerLoad) and self._key == other._key
@@ -88,10 +92,13 @@ class TrainerLoad:
         """Whether it holds initial weights: those of the KL term, or of the matrices that adapters are merged into."""
         return self.recipe.algorithm.kl_coef > 0 or bool(self.shape.adapters)
 
-    @property
-    def reference_bytes(self) -> int:
+    def reference_bytes(self, split: Split) -> int:
         """Of the initial weights, a rank."""
-        return ceil(2 * (self.shape.adapted or self.shape.parameters) / self.ranks)
+        return ceil(2 * (self.shape.adapted or self.shape.parameters) / self.parts(split))
+
+    def parts(self, split: Split) -> int:
+        """Ranks that divide something among them."""
+        return self.ranks // split.replicas
 
     def step_seconds(self, split: Split) -> float:
         """Passes and updates of a step, without what is the same for every split. A copy counts whole, even where it
@@ -101,11 +108,11 @@ class TrainerLoad:
         again = AGAIN / RECOMPUTED_BLOCKS[mode] if mode != "none" else 0.0
         frozen = FROZEN if self.shape.adapters else 1.0
         passes = frozen * tokens * self.shape.flops_per_token / self.ranks / self.pace.flops * (1.0 + again)
-        share, updates = self.shape.trained / self.ranks, self.recipe.train.minibatches
+        share, updates = self.shape.trained / self.parts(split), self.recipe.train.minibatches
         moments = updates * 2 * split.moments_on_host * 8 * share / self.pace.link
         moved = self.scores_reference and split.reference == "host"
         times = updates + (2 if self.recipe.algorithm.kl_coef else 0) if self.shape.adapters else 1
-        reference = times * self.reference_bytes / (self.pace.link / 2) if moved else 0.0
+        reference = times * self.reference_bytes(split) / (self.pace.link / 2) if moved else 0.0
         return passes * self._wrapped(split) + moments + reference + self.communication_seconds(split)
 
     def _wrapped(self, split: Split) -> float:
@@ -118,14 +125,20 @@ class TrainerLoad:
         tokens = self.recipe.batch_sequences * TYPICAL * self.recipe.rollout.context_length / self.ranks
         train = self.recipe.train
         moved = exchanged(split.sharding, tokens, train.tokens_per_microbatch, train.minibatches)
-        return moved.seconds(self.shape.parameters, self.ranks, self.pace.peers.rate)
+        if split.replicas == 1:
+            return moved.seconds(self.shape.parameters, self.ranks, self.pace.peers.rate)
+        # within a host, then gradients once an update from each host to the next
+        inside = moved.seconds(self.shape.parameters, self.parts(split), self.pace.inside.rate)
+        summed = train.minibatches * 2 * GRADIENT * self.shape.parameters * (split.replicas - 1) / split.replicas
+        return inside + summed / self.pace.peers.rate
 
 
-def pace(gpus: Sequence[Gpu], link: PeerLink | None = None) -> Pace:
-    """The slowest of these GPUs. `link`: how they reach each other."""
+def pace(gpus: Sequence[Gpu], link: PeerLink | None = None, network: Peers | None = None) -> Pace:
+    """The slowest of these GPUs. `link`: how they reach each other on a host; `network`: between hosts."""
     speeds = ((peak(gpu.name, gpu.compute_capability), LINK[9 if gpu.capability[0] >= 9 else 8]) for gpu in gpus)
-    between = peers(gpus, link)
-    each = [Pace(REACHED * tflops * 1e12, rate, between) for tflops, rate in speeds]
+    inside = peers(gpus, link)
+    between = min(filter(None, [inside, network]), key=lambda found: found.rate)
+    each = [Pace(REACHED * tflops * 1e12, rate, between, inside) for tflops, rate in speeds]
     return min(each, key=lambda found: found.flops, default=USUAL_PACE)
 
 

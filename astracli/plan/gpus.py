@@ -1,4 +1,4 @@
-"""What each GPU and the host of a plan will hold, what they have, and the margin that is left for estimates. Pure."""
+"""What each GPU and each host of a plan will hold, what they have, and the margin that is left for estimates. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from astracli.machine.memory import MARGIN, MemoryRow, words
 from astracli.plan.memory import expected, on_gpu, total
 from astracli.plan.offload import Reason
+from astracli.plan.seats import GpuId
 
 if TYPE_CHECKING:
     from astracli.plan.types import LaunchPlan
@@ -22,7 +23,7 @@ class Use:
     """Bytes on one GPU, or on the host."""
 
     place: str
-    """The GPU's index as nvidia-smi counts it, or `host`."""
+    """The GPU's index as nvidia-smi counts it, or `host`; on another host than the first `b:0` and `host b`."""
     processes: Sequence[str]
     at_least: int
     """From the start, whatever the load."""
@@ -33,16 +34,21 @@ class Use:
 
 
 def uses(plan: LaunchPlan) -> list[Use]:
-    """Every GPU of the plan in order, then the host; empty when no GPU is used, or the model's sizes are not known."""
+    """Every GPU of the plan in order, then the hosts; empty when no GPU is used, or the model's sizes are not known."""
     if not plan.model or not plan.gpu_map:
         return []
     found = []
     for gpu, names in plan.gpu_map.items():
         least, most = (on_gpu(plan.memory, names, fixed=fixed) for fixed in (True, False))
         found.append(Use(str(gpu), names, least, most, plan.gpu_sizes.get(gpu)))
-    least, most = (total(plan.memory, where="host", fixed=fixed) for fixed in (True, False))
-    everyone = list(dict.fromkeys(row.process for row in plan.memory if row.where == "host"))
-    return [*found, Use("host", everyone, least, most, plan.host_size)]
+    return [*found, *(_host_use(plan, host) for host in dict.fromkeys(row.host for row in plan.memory))]
+
+
+def _host_use(plan: LaunchPlan, host: str | None) -> Use:
+    least, most = (total(plan.memory, where="host", fixed=fixed, host=host) for fixed in (True, False))
+    everyone = list(dict.fromkeys(row.process for row in plan.memory if row.where == "host" and row.host == host))
+    size = plan.host_size if host is None else plan.host_sizes.get(host)
+    return Use("host" if host is None else f"host {host}", everyone, least, most, size)
 
 
 def rows(found: Sequence[Use]) -> list[tuple[str, ...]]:
@@ -52,14 +58,15 @@ def rows(found: Sequence[Use]) -> list[tuple[str, ...]]:
 
 def _kind(use: Use) -> tuple[object, ...]:
     roles = tuple(name.rstrip("0123456789") for name in use.processes)
-    return use.place == "host", roles, use.at_least, use.under_load, use.has
+    host = use.place if use.place.startswith("host") else use.place.rpartition(":")[0]
+    return host, roles, use.at_least, use.under_load, use.has
 
 
 def _row(first: Use, *others: Use) -> tuple[str, ...]:
     last = others[-1] if others else first
-    where = f"{first.place}-{last.place}" if others else first.place
+    where = f"{first.place}-{last.place.rpartition(':')[2]}" if others else first.place
     pairs = zip(first.processes, last.processes, strict=True)
-    names = "all" if first.place == "host" else ", ".join(a if a == b else f"{a} to {b}" for a, b in pairs)
+    names = "all" if first.place.startswith("host") else ", ".join(a if a == b else f"{a} to {b}" for a, b in pairs)
     has = "none" if first.has is None else words(first.has)
     return where, words(first.at_least), words(first.under_load), has, names
 
@@ -68,8 +75,7 @@ def _row(first: Use, *others: Use) -> tuple[str, ...]:
 class Margin:
     """What is left free on one GPU for what the estimates miss, in bytes."""
 
-    gpu: int
-    """Its index as nvidia-smi counts it."""
+    gpu: GpuId
     planned: int
     """What its processes hold at the fullest moment, without what goes elsewhere when there is no room."""
     needed: int
@@ -83,7 +89,7 @@ class Margin:
 
 
 def margins(
-    rows: Sequence[MemoryRow], gpu_map: Mapping[int, Sequence[str]], sizes: Mapping[int, int]
+    rows: Sequence[MemoryRow], gpu_map: Mapping[GpuId, Sequence[str]], sizes: Mapping[GpuId, int]
 ) -> tuple[Margin, ...]:
     """Of every GPU of the plan whose size is known."""
     found, there = [], expected(rows)
@@ -97,9 +103,9 @@ def margins(
 
 def reasons(found: Sequence[Margin]) -> list[Reason]:
     """Each kind of GPU as a row of the table of placements."""
-    alike: dict[tuple[int, int, int], list[int]] = {}
+    alike: dict[tuple[str | None, int, int, int], list[GpuId]] = {}
     for each in found:
-        alike.setdefault((each.planned, each.needed, each.left), []).append(each.gpu)
+        alike.setdefault((each.gpu.host, each.planned, each.needed, each.left), []).append(each.gpu)
     return [
         Reason(
             f"margin of GPU {_span(gpus)}",
@@ -107,7 +113,7 @@ def reasons(found: Sequence[Margin]) -> list[Reason]:
             f"{MARGIN:.0%} of what is estimated; {words(planned)} are planned of {words(planned + left)}, "
             f"which leaves {words(max(left, 0))}",
         )
-        for (planned, needed, left), gpus in alike.items()
+        for (_, planned, needed, left), gpus in alike.items()
     ]
 
 
@@ -121,7 +127,8 @@ def warnings(found: Sequence[Margin]) -> list[str]:
     ]
 
 
-def _span(gpus: Sequence[int]) -> str:
-    """`4 to 7`, or each where they do not follow one another."""
-    whole = len(gpus) > 2 and list(gpus) == list(range(gpus[0], gpus[-1] + 1))
-    return f"{gpus[0]} to {gpus[-1]}" if whole else " and ".join(map(str, gpus))
+def _span(gpus: Sequence[GpuId]) -> str:
+    """GPUs of one host: `4 to 7`, or each where they do not follow one another."""
+    indexes = [gpu.index for gpu in gpus]
+    whole = len(gpus) > 2 and indexes == list(range(indexes[0], indexes[-1] + 1))
+    return f"{gpus[0]} to {indexes[-1]}" if whole else " and ".join(map(str, gpus))

@@ -26,10 +26,11 @@ class Fit(Enum):
     WELL = auto()
 
 
-def find(recipe: Recipe, command: str, gpus: int, fit: Callable[[Recipe], Fit]) -> Sets | None:
-    """The fewest settings with which the recipe fits `gpus` GPUs well, else tightly; None when it fits with none."""
+def find(recipe: Recipe, command: str, gpus: int, fit: Callable[[Recipe], Fit], others: int = 0) -> Sets | None:
+    """The fewest settings with which the recipe fits `gpus` GPUs well, else tightly; None when it fits with none.
+    `others`: GPUs of other hosts, which serve engines."""
     tight: Sets | None = None
-    for placement in _placements(recipe, command, gpus):
+    for placement in _over_hosts(recipe, gpus, others) if others else _placements(recipe, command, gpus):
         for smaller in _smaller(recipe, command):
             sets = placement | smaller
             found = fit(changed(recipe, sets)) if sets else Fit.NOT
@@ -79,6 +80,16 @@ def _placements(recipe: Recipe, command: str, gpus: int) -> Iterator[Sets]:
         yield {"resources.rollout_gpus": rollout, "resources.train_gpus": gpus - rollout, "resources.share_gpus": False}
     for count in dict.fromkeys((1, gpus) if gpus else ()):
         yield {"resources.rollout_gpus": count, "resources.train_gpus": count, "resources.share_gpus": True}
+
+
+def _over_hosts(recipe: Recipe, first: int, others: int) -> Iterator[Sets]:
+    """Splits of GPUs of several hosts: the recipe's own, then its trainer with all other GPUs for engines, then all of
+    the first host for the trainer, then fewer."""
+    yield {}
+    own = recipe.resources.train_gpus
+    for train in dict.fromkeys([*([own] if own <= first else []), *range(first, 0, -1)]):
+        splits = {"resources.rollout_gpus": others + first - train, "resources.train_gpus": train}
+        yield splits | {"resources.share_gpus": False, "resources.train_hosts": 1}
 
 
 def _smaller(recipe: Recipe, command: str) -> Iterator[Sets]:

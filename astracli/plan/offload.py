@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -67,7 +67,16 @@ def options(load: TrainerLoad) -> Sequence[Split]:
     some = (0.0,) if load.shape.adapters else PARTS  # moments of adapters are small
     parts: Sequence[float] = {"auto": some, "gpu": (0.0,), "host": (1.0,)}[asked.optimizer_device]
     ways = product(references, parts, modes, shardings(load.recipe, load.ranks))
-    return sorted((Split(*way) for way in ways), key=load.step_seconds)
+    every = [Split(*way) for way in ways]
+    if _may_replicate(load):
+        every += [replace(split, replicas=load.hosts) for split in every if split.sharding != "optimizer"]
+    return sorted(every, key=load.step_seconds)
+
+
+def _may_replicate(load: TrainerLoad) -> bool:
+    """Whether each host may hold all that its ranks divide. Not in deterministic mode, whose sums are those of one
+    host, nor with adapters."""
+    return 1 < load.hosts < load.ranks and load.recipe.lora is None and not load.recipe.launch.deterministic
 
 
 def shardings(recipe: Recipe, ranks: int) -> Sequence[Sharding]:
@@ -152,6 +161,8 @@ def choose(load: TrainerLoad, size: int, tries: Sequence[Try], over: Callable[[S
 def divided(load: TrainerLoad, chosen: Split, fitting: Sequence[Split]) -> Reason:
     """What the ranks divide among them, and why."""
     what, where = f"{load.ranks} ranks divide", DIVIDED[chosen.sharding]
+    if chosen.replicas > 1:
+        where += f", among those of a host; {chosen.replicas} hosts hold the same"
     if load.recipe.train.sharding != "auto":
         return Reason(what, where, "the recipe asks for it")
     if load.recipe.launch.deterministic:

@@ -30,6 +30,7 @@ from astracli.plan.offload import (
     shardings,
     trainer_needs,
 )
+from astracli.plan.seats import GpuId
 from astracli.plan.trainer import context_bytes, trainer_rows
 from astracli.process.layout import LIMIT_S, RESIDENT, WITHOUT_PEERS, Split, Staging
 
@@ -54,12 +55,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs of a machine, and those of them that a plan's processes get."""
+    """The GPUs of a run's hosts, and those of them that a plan's processes get."""
 
-    sizes: Mapping[int, int] = field(default_factory=dict)
+    sizes: Mapping[GpuId, int] = field(default_factory=dict)
     """Bytes of each visible one."""
-    engine: Sequence[int] = ()
-    trainer: Sequence[int] = ()
+    engine: Sequence[GpuId] = ()
+    trainer: Sequence[GpuId] = ()
     pace: Pace = USUAL_PACE
     """Of the trainer's."""
 
@@ -68,20 +69,25 @@ class Gpus:
         """Some GPU holds an engine and a trainer."""
         return bool(set(self.engine) & set(self.trainer))
 
-    def smallest(self, gpus: Sequence[int]) -> int | None:
+    @property
+    def train_hosts(self) -> int:
+        return max(1, len({gpu.host for gpu in self.trainer}))
+
+    def smallest(self, gpus: Sequence[GpuId]) -> int | None:
         """Bytes of the smallest of these; None when that is not known."""
         return min((self.sizes[gpu] for gpu in gpus if gpu in self.sizes), default=None)
 
 
 def place(recipe: Recipe, shape: MemoryShape | None, gpus: Gpus, host: int | None = None) -> Placement:
-    """`host`: bytes of host memory that the trainer's ranks may use, None while there is enough."""
+    """`host`: bytes of memory that the ranks of a host may use there, None while there is enough."""
     memory = engines.of(recipe).memory
     fraction, shared = memory.share(recipe), gpus.shared
     if shape is None:
         return Placement(mem_fraction_static=fraction, shared=shared)
-    size, load = gpus.smallest(gpus.trainer), TrainerLoad(recipe, shape, len(gpus.trainer), gpus.pace)
+    size, load = gpus.smallest(gpus.trainer), TrainerLoad(recipe, shape, len(gpus.trainer), gpus.pace, gpus.train_hosts)
     time_sharing = shared and shares_time(load, size)
-    chosen = _trainer(load, size, shared, time_sharing, host) if gpus.trainer else Choice(RESIDENT, False, ())
+    part = None if host is None else host // max(1, len(gpus.trainer) // gpus.train_hosts)
+    chosen = _trainer(load, size, shared, time_sharing, part) if gpus.trainer else Choice(RESIDENT, False, ())
     reasons = list(chosen.reasons)
     if load.ranks > 1:
         without = " ".join(f"{name}={value}" for name, value in WITHOUT_PEERS.items())
@@ -131,7 +137,7 @@ def shares_time(load: TrainerLoad, size: int | None) -> bool:
 
 
 def _trainer(load: TrainerLoad, size: int | None, shared: bool, time_sharing: bool, host: int | None) -> Choice:
-    """How the trainer uses GPUs of which the smallest has `size` bytes."""
+    """How the trainer uses GPUs of which the smallest has `size` bytes. `host`: bytes of host memory for each rank."""
     every = options(load)
     if size is None:
         split = min(recomputing(resident(every)), key=lambda split: trainer_needs(load, split)[0])
@@ -144,7 +150,7 @@ def _trainer(load: TrainerLoad, size: int | None, shared: bool, time_sharing: bo
         return Choice(split, False, reasons)
 
     def over(split: Split) -> int:
-        return max(0, load.ranks * _on_host(load, split, time_sharing) - (host or 0))
+        return max(0, _on_host(load, split, time_sharing) - (host or 0))
 
     tries = _tries(load, size, every, shared, time_sharing)
     return choose(load, size, tries, over if host is not None else None)

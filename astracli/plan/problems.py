@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any
@@ -16,16 +17,24 @@ from astracli.machine.memory import words
 from astracli.models import preflight
 from astracli.models.adapter import MemoryShape, ModelAdapter
 from astracli.plan.memory import on_gpu, solid, total
+from astracli.plan.seats import Host, host_words
 from astracli.plan.types import TRAINING, LaunchPlan
 from astracli.process.config import Role
 
 CPU_RECIPE = "qwen3.5-tiny-m2po-delta"
 
 
-def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Callable[[str], str]) -> list[PlanProblem]:
+def gpu_problems(
+    plan: LaunchPlan, recipe: Recipe, machines: Mapping[Host, Machine | None], way_out: Callable[[str], str]
+) -> list[PlanProblem]:
+    """GPUs that the hosts lack, as far as these are known."""
     if plan.choice.device != "cuda":
         return []
-    gpus, needed = facts.visible_gpus, len(plan.gpu_map)
+    known = {host: machine for host, machine in machines.items() if machine is not None}
+    if len(machines) > 1 and (short := _short_hosts(plan, recipe, known, way_out)) is not None:
+        return [short]
+    gpus = [gpu for machine in known.values() for gpu in machine.visible_gpus]
+    needed = sum(gpu.host in known for gpu in plan.gpu_map)
     if needed > len(gpus):
         train, resources = plan.command in TRAINING, recipe.resources
         parts = f"rollout {resources.rollout_gpus}" + (f", train {resources.train_gpus}" if train else "")
@@ -41,8 +50,27 @@ def gpu_problems(plan: LaunchPlan, recipe: Recipe, facts: Machine, way_out: Call
     old = sorted({gpu.compute_capability for gpu in gpus if gpu.capability < OLDEST})
     if old:
         what = "GPUs of compute capability 8.0 or newer"
-        return [PlanProblem("gpus", what, f"bf16 needs {what}, this machine has {', '.join(old)}", None)]
+        there = "this machine has" if len(known) == 1 else "the hosts have"
+        return [PlanProblem("gpus", what, f"bf16 needs {what}, {there} {', '.join(old)}", None)]
     return []
+
+
+def _short_hosts(
+    plan: LaunchPlan, recipe: Recipe, known: Mapping[Host, Machine], way_out: Callable[[str], str]
+) -> PlanProblem | None:
+    """The hosts of several that have fewer GPUs than the plan gives work to; None: none has."""
+    wanted = Counter(gpu.host for gpu in plan.gpu_map)
+    there = {host: len(machine.visible_gpus) for host, machine in known.items()}
+    short = [host for host in known if wanted[host] > there[host]]
+    if not short:
+        return None
+    resources = recipe.resources
+    lacking = " and ".join(f"{host_words(host)} would need {wanted[host]}, it has {there[host]}" for host in short)
+    over = f" over {resources.train_hosts} hosts" if resources.train_hosts > 1 else ""
+    parts = f"rollout {resources.rollout_gpus}, train {resources.train_gpus}{over}"
+    what = f"{len(plan.gpu_map)} GPUs (the hosts have {sum(there.values())})"
+    message = f"recipe `{recipe.name}` asks for {len(plan.gpu_map)} GPUs ({parts}): {lacking}"
+    return PlanProblem("gpus", what, message, way_out("name more hosts in launch.hosts, or ask for fewer GPUs"))
 
 
 def software_problems(recipe: Recipe, choice: BackendChoice, facts: Machine) -> list[PlanProblem]:
@@ -71,14 +99,14 @@ def size_problems(
     plan: LaunchPlan, recipe: Recipe, shape: MemoryShape | None, facts: Machine, way_out: Callable[[str], str]
 ) -> list[PlanProblem]:
     """What cannot fit whatever the load: fixed rows against each GPU, the host and the disk."""
-    problems, sizes = [], facts.gpu_sizes
+    problems, sizes = [], plan.gpu_sizes
     fraction, engine_memory = plan.placement.mem_fraction_static or 0.0, engines.of(recipe).memory
     otherwise = "no setting of this recipe fits these GPUs: take more or larger ones, or a smaller model"
     for gpu, names in plan.gpu_map.items():
         if (size := sizes.get(gpu)) is None:
             continue
         need = on_gpu(plan.memory, names, fixed=True)
-        serves = any(p.role is Role.ENGINE and gpu in p.gpus for p in plan.processes)
+        serves = any(p.role is Role.ENGINE and gpu in p.gpu_ids for p in plan.processes)
         static = engine_memory.reserved(shape, recipe) if fraction and shape and serves else 0
         if need > size:
             what = f"{words(need)} of GPU memory for {' and '.join(names)}"
@@ -126,7 +154,7 @@ def warnings(plan: LaunchPlan, recipe: Recipe, facts: Machine) -> list[str]:
                 f"{most} of an evaluation; try eval.max_concurrency=auto"
             )
     for gpu, names in plan.gpu_map.items():
-        need, size = on_gpu(solid(plan.memory), names), facts.gpu_sizes.get(gpu)
+        need, size = on_gpu(solid(plan.memory), names), plan.gpu_sizes.get(gpu)
         if size is not None and need > size >= on_gpu(plan.memory, names, fixed=True):
             result.append(f"GPU {gpu} may need {words(need)} under full load, it has {words(size)}: requests will wait")
     here = [process for process in plan.processes if process.host is None]

@@ -56,11 +56,14 @@ class _Search:
             why = f"{share:.0%} of {size} less {words(model.weight_bytes * self.shape.parameters)} of weights"
             return self._settled(self._fit(own, 1), 1, why, useful, no_more)
         ranks, work = len(self.gpus.trainer), model.beside(self.shape, _with(self.recipe, useful))
-        if shares_time(TrainerLoad(_with(self.recipe, FEW), self.shape, ranks, self.gpus.pace), self.gpu_bytes):
+        if shares_time(
+            TrainerLoad(_with(self.recipe, FEW), self.shape, ranks, self.gpus.pace, self.gpus.train_hosts),
+            self.gpu_bytes,
+        ):
             static = min(own, self.gpu_bytes - safe(context_bytes(ranks) + work))
             why = f"{size} shared in time with the trainer"
             return self._settled(self._fit(static, COMFORT), COMFORT, why, useful, no_more)
-        fit, load = 1, TrainerLoad(self.recipe, self.shape, ranks, self.gpus.pace)
+        fit, load = 1, TrainerLoad(self.recipe, self.shape, ranks, self.gpus.pace, self.gpus.train_hosts)
         for option in recomputing(options(load)):  # as little of the trainer on the host as possible
             left = self.gpu_bytes - trainer_needs(load, option)[1]
             fit = self._fit(min(own, left - safe(work)), COMFORT)

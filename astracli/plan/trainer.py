@@ -57,10 +57,11 @@ def trainer_rows(
     if device == "cpu":
         return _on_cpu(name, load, split)
     shape, ranks = load.shape, load.ranks
-    share = ceil(shape.parameters / ranks)
+    parts = load.parts(split)
+    share = ceil(shape.parameters / parts)
     rows = _adapters(name, load, split) if shape.adapters else _whole(name, load, split)
     if shape.teacher:
-        rows.append(MemoryRow(name, Component.TEACHER, "gpu", 2 * ceil(shape.teacher / ranks)))
+        rows.append(MemoryRow(name, Component.TEACHER, "gpu", 2 * ceil(shape.teacher / parts)))
     if ranks > 1 and split.sharding == "gradients":
         rows.append(MemoryRow(name, Component.GATHERED_WHOLE, "gpu", 2 * shape.parameters))
     elif wrapped(load, split):
@@ -85,7 +86,7 @@ def trainer_rows(
     resident = sum(row.bytes for row in rows if row.where == "host")
     loading = max(0, 4 * shape.parameters - resident)
     rows.append(MemoryRow(name, Component.LOADING, "host", loading, "estimated"))
-    return [*rows, *_checkpoint_copy_and_process(name, load)]
+    return [*rows, *_checkpoint_copy_and_process(name, load, split)]
 
 
 def wrapped(load: TrainerLoad, split: Split) -> bool:
@@ -96,12 +97,12 @@ def wrapped(load: TrainerLoad, split: Split) -> bool:
 def _of_gradients(load: TrainerLoad, split: Split) -> int:
     """How many gradients a rank holds."""
     whole = split.sharding in ("optimizer", "parameters")
-    return load.shape.parameters if whole else ceil(load.shape.parameters / load.ranks)
+    return load.shape.parameters if whole else ceil(load.shape.parameters / load.parts(split))
 
 
 def _whole(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     """What is trained, and what belongs to it, when all weights are."""
-    share = ceil(load.shape.parameters / load.ranks)
+    share = ceil(load.shape.parameters / load.parts(split))
     rows = [
         MemoryRow(name, Component.MASTERS, "gpu", 4 * share),
         MemoryRow(name, Component.GRADIENTS, "gpu", 4 * _of_gradients(load, split)),
@@ -111,7 +112,7 @@ def _whole(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
         rows.append(MemoryRow(name, Component.OTHERS_WEIGHTS, "gpu", 2 * (load.shape.parameters - share)))
     if load.scores_reference:
         # moved in for the scoring pass, it uses the room of the gradients, which are computed later
-        rows.append(MemoryRow(name, Component.REFERENCE, split.reference, load.reference_bytes))
+        rows.append(MemoryRow(name, Component.REFERENCE, split.reference, load.reference_bytes(split)))
     return rows
 
 
@@ -121,7 +122,7 @@ def _adapters(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     shape = load.shape
     return [
         MemoryRow(name, Component.FROZEN_WEIGHTS, "gpu", 2 * ceil(shape.parameters / load.ranks)),
-        MemoryRow(name, Component.BASE, split.reference, load.reference_bytes),
+        MemoryRow(name, Component.BASE, split.reference, load.reference_bytes(split)),
         MemoryRow(name, Component.ADAPTERS, "gpu", 12 * shape.adapters),
         *_moments(name, shape.adapters, split),
     ]
@@ -156,7 +157,7 @@ def _on_cpu(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     if shape.adapters:
         sizes = {
             Component.FROZEN_WEIGHTS_FP32: 4 * share,
-            Component.BASE: load.reference_bytes,
+            Component.BASE: load.reference_bytes(split),
             Component.ADAPTERS: 12 * shape.adapters,
             Component.MOMENTS: 8 * shape.adapters,
             Component.PUBLISHED: 4 * share,
@@ -167,17 +168,17 @@ def _on_cpu(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     return [
         *(MemoryRow(name, component, "host", size) for component, size in sizes.items()),
         MemoryRow(name, Component.ACTIVATIONS, "host", activations, "estimated", fixed=False),
-        *_checkpoint_copy_and_process(name, load),
+        *_checkpoint_copy_and_process(name, load, split),
     ]
 
 
-def _checkpoint_copy_and_process(name: str, load: TrainerLoad) -> list[MemoryRow]:
+def _checkpoint_copy_and_process(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     """On any device: the copy that a checkpoint is written from during the next steps (checkpoint_saver.py: master
     weights and both moments; with less room its pieces are reused, and an update waits for the disk), and torch."""
     process = MemoryRow(name, Component.PROCESS, "host", TORCH_PROCESS, "estimated")
     if not load.recipe.checkpoint.every or load.recipe.launch.deterministic:
         return [process]
-    size = 12 * (load.shape.adapters or ceil(load.shape.parameters / load.ranks))
+    size = 12 * (load.shape.adapters or ceil(load.shape.parameters / load.parts(split)))
     return [MemoryRow(name, Component.CHECKPOINT_COPY, "host", size, fixed=False), process]
 
 
@@ -220,7 +221,7 @@ def _passes(load: TrainerLoad, split: Split) -> tuple[int, int]:
     block = ceil((shape.parameters - _outside(shape)) / max(shape.layers, 1))
     again = RECOMPUTED if mode != "none" else RECOMPUTED - 1
     in_block = (GATHERED if several else ALONE) * block + int(again * largest) + several * 2 * head
-    return kept, max(in_head, in_block, in_update(shape, load.ranks, split) - kept)
+    return kept, max(in_head, in_block, in_update(shape, load.parts(split), split) - kept)
 
 
 def _peak_with_adapters(load: TrainerLoad, logits: int, kept: int, largest: int, *, again: bool) -> int:

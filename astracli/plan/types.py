@@ -11,6 +11,7 @@ from astracli.machine.findings import PlanProblem
 from astracli.machine.memory import MemoryRow
 from astracli.plan.gpus import Margin
 from astracli.plan.placement import Placement
+from astracli.plan.seats import GpuId
 from astracli.process.config import Role
 
 Command = Literal["train", "sft", "rollout", "eval"]
@@ -41,6 +42,10 @@ class ProcessPlan:
     host: str | None = None
     """Where an agent starts it, by its name in `launch.hosts`; None: on the first host, where the supervisor is."""
 
+    @property
+    def gpu_ids(self) -> list[GpuId]:
+        return [GpuId(index, self.host) for index in self.gpus]
+
 
 @dataclass(frozen=True)
 class LaunchPlan:
@@ -54,10 +59,14 @@ class LaunchPlan:
     """Sizes of the model and of a step; empty when no config is known."""
     placement: Placement = field(default_factory=Placement)
     """What lies where on GPUs and host, and why."""
-    gpu_sizes: Mapping[int, int] = field(default_factory=dict)
-    """Bytes of every GPU that the machine shows."""
+    gpu_sizes: Mapping[GpuId, int] = field(default_factory=dict)
+    """Bytes of every GPU that the hosts show, as far as they are known and the recipe may use them."""
+    gpu_share: float = 1.0
+    """Of each card's memory, what the recipe may use; the least of them."""
     host_size: int = 0
-    """Bytes of the host's memory."""
+    """Bytes of the first host's memory."""
+    host_sizes: Mapping[str, int] = field(default_factory=dict)
+    """The same of other hosts, as far as they are known."""
     running_requests: int = 0
     """Of each engine: the recipe's `rollout.max_running_requests`, or what was derived for it."""
     expected: Mapping[str, Any] = field(default_factory=dict)
@@ -79,14 +88,14 @@ class LaunchPlan:
         """Engines that share their GPU in time with a trainer: each has a GPU lease at the hub."""
         if not self.placement.time_sharing:
             return []
-        trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpus}
-        return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpus)]
+        trained = {gpu for process in self.processes if process.role is Role.TRAINER for gpu in process.gpu_ids}
+        return [p.name for p in self.processes if p.role is Role.ENGINE and trained & set(p.gpu_ids)]
 
     @property
-    def gpu_map(self) -> dict[int, list[str]]:
-        """GPU index -> names of the processes on it."""
-        result: dict[int, list[str]] = {}
+    def gpu_map(self) -> dict[GpuId, list[str]]:
+        """GPU -> names of the processes on it."""
+        result: dict[GpuId, list[str]] = {}
         for process in self.processes:
-            for gpu in process.gpus:
+            for gpu in process.gpu_ids:
                 result.setdefault(gpu, []).append(process.name)
-        return dict(sorted(result.items()))
+        return {gpu: result[gpu] for gpu in sorted(result, key=lambda gpu: gpu.order)}

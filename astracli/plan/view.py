@@ -81,6 +81,7 @@ def to_json(plan: LaunchPlan) -> dict[str, Any]:
     document = asdict(plan)
     document["choice"] = plan.choice.settings() | {"reasons": [asdict(row) for row in plan.choice.reasons]}
     document |= {"memory": list(map(_row, plan.memory)), "disk": list(map(_row, plan.disk))}
+    document |= {"margins": [asdict(each) | {"gpu": each.gpu.index, "host": each.gpu.host} for each in plan.margins]}
     document |= {"gpu_sizes": {str(gpu): size for gpu, size in plan.gpu_sizes.items()}}
     document |= {"gpu_map": {str(gpu): names for gpu, names in plan.gpu_map.items()}}
     return document | {"missing": plan.missing, "memory_by_place": [asdict(use) for use in gpus.uses(plan)]}

@@ -42,6 +42,9 @@ class Split:
     """Of the blocks' activations, where the recipe leaves it open."""
     sharding: Sharding = "full"
     """What several ranks divide among them; one rank divides nothing."""
+    replicas: int = 1
+    """Hosts of which each has all of it: the ranks of a host divide it among themselves, and hosts sum gradients. 1:
+    all ranks divide it."""
 
 
 RESIDENT = Split()

@@ -288,11 +288,12 @@ def pieces(parts: list[Tensor], size: int) -> Iterator[list[Slice]]:
 
 
 def _parts(masters: Masters, ranks: Ranks) -> list[tuple[Entry, Tensor]]:
-    """What this rank writes, as bytes where they lie. Rank 0 writes what every rank holds whole."""
+    """What this rank writes, as bytes where they lie. Rank 0 writes what every rank holds whole, the first replica what
+    all replicas hold."""
     first, second = masters.adam.moments()
     found: list[tuple[str, str, int, Tensor]] = []
     for name, value in masters.values.items():
-        if not value.numel() or (masters.replicated(name) and not ranks.first):
+        if not value.numel() or not ranks.in_first_replica or (masters.replicated(name) and not ranks.first):
             continue
         split = masters.split_masters.parts(name)
         mine = {"value": value} if split is None else {"high": split[0], "rest": split[1]}

@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from astracli.config.recipe_train import RECOMPUTED_BLOCKS, Recomputed, Sharding
 from astracli.errors import UserError
+from astracli.machine.memory import CUDA_CONTEXT
 from astracli.process import ports
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Ranks:
     """What a policy computes in; None: bf16 on a GPU, fp32 on a CPU."""
     sharding: Sharding = "full"
     """What several ranks divide among them."""
+    replicas: int = 1
+    """Groups of ranks of which each holds all that is sharded: the ranks of a host."""
     rate: float = 0.0
     """Bytes/s from each rank to the next, measured at the start; 0 of one rank."""
 
@@ -74,6 +77,11 @@ class Ranks:
     def divides_optimizer(self) -> bool:
         """Whether every rank holds all weights and gradients, and updates a part of them."""
         return self.world_size > 1 and self.sharding == "optimizer"
+
+    @property
+    def in_first_replica(self) -> bool:
+        """Whether what this rank holds of a shard counts: the other replicas have the same."""
+        return not self.wraps or self.rank < self.world_size // self.replicas
 
     @property
     def loss_factor(self) -> int:
@@ -131,7 +139,10 @@ class Ranks:
     def squares(self, gradients: Iterable[Tensor], parts: Iterable[Tensor] = ()) -> float:
         """Sum of squares of a model's gradients over all ranks. A gradient that every rank holds whole counts once.
         `parts`: of gradients of which every rank holds another part."""
-        mine = [*parts, *(local(g) for g in gradients if self.first or hasattr(g, "to_local"))]
+        mine = [
+            *parts,
+            *(local(g) for g in gradients if self.first or (hasattr(g, "to_local") and self.in_first_replica)),
+        ]
         norms = list(torch._foreach_norm(mine)) if mine else []
         found = float(torch.stack(norms).double().square().sum()) if norms else 0.0
         return self.sum([found])[0]
@@ -160,9 +171,11 @@ def join(
     *,
     wrapped: bool = False,
     sharding: Sharding = "full",
+    replicas: int = 1,
 ) -> Ranks:
     """Join the process group that the environment describes. `device`: `cpu` or `cuda`. `wrapped`: a single rank gets a
-    process group, too. `sharding`: what several ranks divide among them.
+    process group, too. `sharding`: what several ranks divide among them. `replicas`: groups of ranks, numbered
+    one after the other, that each hold all of that.
 
     Several ranks then prove that they reach each other (`collective_check`). Raises UserError when the environment
     names several ranks but no address at which they meet.
@@ -170,8 +183,6 @@ def join(
     rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 and not wrapped:
         return Ranks(device=_own(device, 0, environment), sharding=sharding)
-    from torch.distributed.device_mesh import init_device_mesh
-
     from astracli.training import collective_check
 
     chosen = _own(device, rank, environment)
@@ -190,9 +201,17 @@ def join(
         dist.init_process_group(**options, store=store, rank=rank, world_size=world_size)
         rate = collective_check.check(rank, world_size, chosen)
     cpu_group = dist.new_group(backend="gloo", timeout=WAIT)
-    return Ranks(
-        rank, world_size, chosen, init_device_mesh(device, (world_size,)), cpu_group, sharding=sharding, rate=rate
-    )
+    mesh = mesh_of(device, world_size, replicas)
+    return Ranks(rank, world_size, chosen, mesh, cpu_group, sharding=sharding, replicas=replicas, rate=rate)
+
+
+def mesh_of(device: str, world_size: int, replicas: int) -> DeviceMesh:
+    """FSDP2 shards over the last dimension, and replicates over the first of two."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return init_device_mesh(device, (world_size,))
+    return init_device_mesh(device, (replicas, world_size // replicas), mesh_dim_names=("hosts", "ranks"))
 
 
 def _meet(host: str, port: int, rank: int, world_size: int) -> dist.Store:
@@ -213,6 +232,15 @@ def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device
     chosen = torch.device("cuda", int(environment.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))))
     torch.cuda.set_device(chosen)
     return chosen
+
+
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Let torch take no more of a GPU than `gib` GiB have beside its CUDA context; None: as much as there is. What it
+    then lacks is an ordinary out-of-memory error."""
+    if gib is not None and device.type == "cuda":
+        room = gib * 2**30 - CUDA_CONTEXT
+        share = room / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def shard(
@@ -285,7 +313,11 @@ def before_backward(policy: nn.Module, ranks: Ranks, *, last: bool) -> None:
     """What FSDP does in the backward pass of a minibatch's micro-batch, and of its `last`: before an update gradients
     are summed over the ranks, and gathered weights are freed. Ranks must call this alike."""
     root: Any = policy
-    if not ranks.wraps or ranks.sharding == "full":
+    if not ranks.wraps:
+        return
+    if ranks.replicas > 1:  # over the network once an update
+        root.set_requires_all_reduce(last)
+    if ranks.sharding == "full":
         return
     if ranks.sharding == "gradients":
         root.set_reshard_after_backward(last)

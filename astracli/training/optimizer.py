@@ -243,7 +243,7 @@ class Masters:
         for name, tensor in taken.items():
             if self.ranks.mesh is None or (self.replicated(name) and self.ranks.first):
                 result[self.travels[name].name] = tensor
-            elif tensor.numel() and not self.replicated(name):
+            elif tensor.numel() and not self.replicated(name) and self.ranks.in_first_replica:
                 shape = tuple(self.every[name].shape)
                 result[self.travels[name].name] = Shard(tensor.reshape(-1), self.start(name), shape)
         return result

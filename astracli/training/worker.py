@@ -13,7 +13,8 @@ def run(config: TrainerConfig, reporter: Reporter) -> None:
     settle_torch(config)
     from astracli.training import fsdp, loop
 
-    ranks = fsdp.join(config.device, sharding=config.split.sharding)
+    ranks = fsdp.join(config.device, sharding=config.split.sharding, replicas=config.split.replicas)
+    fsdp.limit_memory(ranks.device, config.recipe.resources.gpu_memory_gib)
     loop.train(config, reporter, ranks)
     ranks.close()
 

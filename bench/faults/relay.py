@@ -37,16 +37,19 @@ class Relay:
     folder: Path
     draw: Random
     weather: Weather = field(default_factory=Weather)
+    target: int | None = None
+    """A port of this machine to which everything goes; None: as each connection says."""
     flips: list[str] = field(default_factory=list)
     """What was changed: to or from which port, and the bytes around it."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port: int = self._socket.getsockname()[1]
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._left = 0
-        (self.folder / "port").write_text(str(self._socket.getsockname()[1]))
+        (self.folder / "port").write_text(str(self.port))
         threading.Thread(target=self._serve, daemon=True).start()
 
     def cut(self) -> int:
@@ -75,8 +78,10 @@ class Relay:
             if self.weather.refuse:
                 return
             try:
-                port = int(target.read_text())
-                target.unlink()
+                port = self.target
+                if port is None:
+                    port = int(target.read_text())
+                    target.unlink()
                 far.connect(("127.0.0.1", port))
             except (OSError, ValueError):
                 return

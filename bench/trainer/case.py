@@ -19,7 +19,7 @@ from shared import more_options, options
 from astracli.config.recipe import Recipe
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape, ModelAdapter
-from astracli.plan.build import TRAINER_ON_GPU
+from astracli.plan.draft import TRAINER_ON_GPU
 from astracli.process.layout import RESIDENT, Split
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp, setup

@@ -34,14 +34,16 @@ from typing import Any
 
 import torch
 
-from astracli.machine.memory import CUDA_CONTEXT, Component
+from astracli.machine.memory import Component
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
 from astracli.plan import trainer as plan_trainer
 from astracli.plan.cost import TrainerLoad
 from astracli.plan.placement import Gpus, place
+from astracli.plan.seats import GpuId
 from astracli.process.layout import Split
 from astracli.rl.types import Group
+from astracli.training import fsdp
 from astracli.training.step import Trainer
 from astracli.training.supervised import train_on_examples
 
@@ -182,13 +184,11 @@ def main() -> None:
     def start(name: str) -> Trainer:
         variant = VARIANTS[name]
         if args.gpu_gib:
-            gpus = Gpus({0: int(args.gpu_gib * 2**30)}, trainer=[0])
+            gpus = Gpus({GpuId(0): int(args.gpu_gib * 2**30)}, trainer=[GpuId(0)])
             variant = replace(variant, split=place(case.recipe(variant), case.shape, gpus).split)
         return case.trainer(variant)
 
-    if args.gpu_gib and device.type == "cuda":
-        room = args.gpu_gib * 2**30 - CUDA_CONTEXT
-        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory)
+    fsdp.limit_memory(device, args.gpu_gib or None)
 
     if args.profile:
         print(profile(start(args.profile), case.groups), flush=True)

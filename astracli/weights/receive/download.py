@@ -1,16 +1,21 @@
 """Fetches files of published versions: over HTTP, or by a hard link from the publisher's disk.
 
-Downloads resume: what arrived stays in a `.part` file and the rest is asked for by range. When publisher and receiver
-share a disk, a large file is linked instead, or copied by the kernel. Either way the caller checks what it got.
+Downloads resume: what arrived stays in a `.part` file and the rest is asked for by range. A large file comes in pieces
+over several connections: one alone does not fill a link of long delay. When publisher and receiver share a disk, a
+large file is linked instead, or copied by the kernel. Either way the caller checks what it got.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import shutil
+import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,8 @@ from astracli.weights.format.manifest import NONCE, version_name
 
 _READ = 1 << 18
 """Bytes asked of the socket at a time."""
+PIECES_FROM, PIECE, CONNECTIONS = 64 << 20, 16 << 20, 4
+"""A file of so many bytes comes in pieces of so many, over so many connections."""
 _TIMEOUT_S = 30.0
 """For a connection, and for the next bytes of an answer."""
 
@@ -55,6 +62,7 @@ class Downloader:
     """Bytes that did not have to."""
     _store: Path | None = field(default=None, init=False, repr=False)
     _client: httpx.Client = field(init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._client = httpx.Client(headers=self._headers(), timeout=_TIMEOUT_S, trust_env=False, follow_redirects=True)
@@ -113,27 +121,80 @@ class Downloader:
 
     def fetch(self, version: int, name: str, size: int, path: Path) -> None:
         """A whole file. What an earlier attempt left in its `.part` file stays; the rest is asked for by range."""
-        url, part, failures = self.address(version, name), path.with_name(f"{path.name}.part"), 0
-        while (have := _size(part)) != size:
-            if have > size:
-                part.unlink()
-                continue
+        url, part = self.address(version, name), path.with_name(f"{path.name}.part")
+        try:
+            if size >= PIECES_FROM:
+                self._in_pieces(url, part, size)
+            else:
+                if _size(part) > size:
+                    part.unlink()
+                with open(part, "ab", buffering=0) as file:
+                    self._stretch(url, file.write, _size(part), size)
+        except WeightCorrupt:
+            part.unlink(missing_ok=True)
+            raise
+        os.replace(part, path)
+
+    def _in_pieces(self, url: str, part: Path, size: int) -> None:
+        """Into a file of the whole size from the start; which pieces are there stands in a file beside it."""
+        note = part.with_name(f"{part.name}.pieces")
+        there = _noted(note) if _size(part) == size else set()
+        todo = deque(low for low in range(0, size, PIECE) if low not in there)
+        failed: list[Exception] = []
+
+        def work() -> None:
+            while todo and not failed:
+                with contextlib.suppress(IndexError):  # another one took the last
+                    low = todo.popleft()
+                    at = [low]
+
+                    def put(data: bytes, at: list[int] = at) -> None:
+                        at[0] += os.pwrite(file.fileno(), data, at[0])
+
+                    try:
+                        self._stretch(url, put, low, min(low + PIECE, size))
+                    except Exception as error:
+                        failed.append(error)
+                        return
+                    there.add(low)
+
+        with open(part, "r+b" if there else "wb") as file:
+            file.truncate(size)
+            threads = [threading.Thread(target=work, name="piece", daemon=True) for _ in range(CONNECTIONS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if failed:
+            with contextlib.suppress(OSError):
+                note.write_text(json.dumps(sorted(there)))
+            raise failed[0]
+        note.unlink(missing_ok=True)
+
+    def _stretch(self, url: str, put: Callable[[bytes], Any], low: int, high: int) -> None:
+        """The bytes from `low` to `high`, in their order to `put`; what breaks off goes on where it did."""
+        at, failures = low, 0
+
+        def taken(data: bytes) -> None:
+            nonlocal at
+            put(data)
+            at += len(data)
+            with self._lock:
+                self.downloaded += len(data)
+
+        while at < high:
+            before = at
             try:
-                self._stream(url, part, have, size)
-            except WeightCorrupt:
-                part.unlink(missing_ok=True)
-                raise
+                self._stream(url, taken, at, high)
             except _PASSING as error:
                 if (failed := disk_failed(error)) is not None:
                     raise failed from error
-                failures = 1 if _size(part) > have else failures + 1
+                failures = 1 if at > before else failures + 1
                 if failures > self.retries:
                     raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error
                 time.sleep(min(0.05 * 2**failures, 2.0))
-        part.touch()  # an empty file was not asked for
-        os.replace(part, path)
 
-    def _stream(self, url: str, part: Path, low: int, high: int) -> None:
+    def _stream(self, url: str, put: Callable[[bytes], Any], low: int, high: int) -> None:
         """By the standard library's client, which reads a socket three times as fast as the one for small answers."""
         where = urlsplit(url)
         secure = where.scheme == "https"
@@ -147,13 +208,19 @@ class Downloader:
             if not (reply.getheader("content-range") or "").startswith(f"bytes {low}-{high - 1}/"):
                 raise WeightCorrupt(f"`{url}` answered range `{reply.getheader('content-range')}`")
             left = high - low
-            with open(part, "ab", buffering=0) as file:
-                while left and (chunk := reply.read1(_READ)):  # as it comes: it stays when the line breaks
-                    file.write(chunk)
-                    left -= len(chunk)
-                    self.downloaded += len(chunk)
+            while left and (chunk := reply.read1(_READ)):  # as it comes: it stays when the line breaks
+                put(chunk)
+                left -= len(chunk)
         if left:
             raise _Again(f"the connection ended {left} bytes early")
+
+
+def _noted(note: Path) -> set[int]:
+    """Where the pieces begin that an earlier attempt brought."""
+    try:
+        return {int(low) for low in json.loads(note.read_text())}
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _size(file: Path) -> int:

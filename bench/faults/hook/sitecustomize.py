@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.metadata
 import os
 import socket
 import time
@@ -16,6 +17,13 @@ RELAY = os.environ.get("ASTRA_FAULTS_RELAY")
 """A folder: `port` holds the relay's, and a connection's own port names the file that says where it wants to go."""
 LOCKS = os.environ.get("ASTRA_FAULTS_LOCKS")
 """What flock says instead of locking, by the name of its errno (ENOLCK: NFS without its lock daemon)."""
+
+VERSION = os.environ.get("ASTRA_FAULTS_VERSION")
+"""`NAME=VERSION`: the version that a package says it has."""
+
+if VERSION:
+    _version, _named = importlib.metadata.version, VERSION.split("=")
+    importlib.metadata.version = lambda name: _named[1] if name == _named[0] else _version(name)
 
 if CLOCK:
     _time, _time_ns, _monotonic = time.time, time.time_ns, time.monotonic

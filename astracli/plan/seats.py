@@ -25,7 +25,7 @@ def host_words(host: Host) -> str:
 class GpuId(NamedTuple):
     """One GPU of a run."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of the method of tuples
     """As nvidia-smi of its host counts it."""
     host: Host = None
 

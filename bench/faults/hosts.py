@@ -345,6 +345,7 @@ def played(
     steps = max(steps, row.least_steps)
     own = [one for one in SMALL if not one.startswith("train.steps")]
     own += [f"train.steps={steps}", f"launch.agent_lease_s={LEASE_S}", "resources.engines=2"]
+    own += ["launch.hub_history_steps=100000"]  # for the books
     case = Case(name, Hosts(place / "run", [*own, *sets]), draw, steps)
     case.found["joins"] = joins
     if row.relay is not None:

@@ -36,6 +36,7 @@ class FakeHub:
         self.stops = 0
         self.released: list[str] = []
         self.pending = 0
+        self.save_requested = False
 
     def alive(self) -> bool:
         return self.living

@@ -286,6 +286,43 @@ def test_a_run_that_lost_a_host_goes_on_and_takes_it_back(tmp_path: Path) -> Non
     assert watching.notes == [f"the agent of host `b` was not heard for 5 s: {words}"]
 
 
+def test_at_the_end_evaluations_do_not_wait_for_ever_for_an_engine_of_the_plan(tmp_path: Path) -> None:
+    class Hosts(LocalLauncher):
+        """Host `b` is lost at once and never comes back; another one joins."""
+
+        joined = [family.process(tmp_path, "engine1", family.SLEEP, Role.ENGINE)]  # noqa: RUF012
+
+        def has(self, host: str | None) -> bool:
+            return host is None
+
+        def gone(self, host: str) -> str:
+            return "was not heard for 5 s"
+
+        def newcomers(self) -> list[Process]:
+            come, self.joined = self.joined, []
+            return come
+
+        def start(self, process: Process) -> Any:
+            child = super().start(process)
+            if process.plan.host:
+                child.exit_code = lambda: LOST_EXIT  # type: ignore[method-assign]
+            return child
+
+    engine = family.process(tmp_path, "engine0", "pass", Role.ENGINE)
+    engine = replace(engine, plan=replace(engine.plan, host="b"))
+    processes = [engine, family.process(tmp_path, "trainer", "pass"), family.process(tmp_path, "eval", family.SLEEP)]
+    hub = family.FakeHub()
+    hub.pending = 1
+
+    def tick(supervisor: Any) -> None:
+        for name in ("engine1", "eval"):
+            supervisor.on_status(family.report(name))
+
+    watching = family.supervisor(processes, hub, tick=tick, launcher=Hosts(sample_s=0.1), ready_timeout_s=1.0)
+    with pytest.raises(RunFailed, match="no engine is left, and no agent came on `b` for 1 s"):
+        watching.run()
+
+
 def test_a_host_without_an_engine_is_a_problem() -> None:
     plan = run.planned(tiny(launch__hosts=["a", "b", "c"]), "train")
     assert [problem.hint for problem in plan.problems] == ["`--set resources.engines=2`, or name fewer hosts"]

@@ -83,7 +83,7 @@ def test_two_hosts_write_the_bytes_of_one(undisturbed: Path, tmp_path: Path) -> 
     run = tmp_path / "two"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "start", warm.bench_start)
-        attempt = Attempt(run, [*quick(undisturbed), 'launch.hosts=["a", "b"]'], resume=False)
+        attempt = Attempt(run, [*quick(undisturbed), 'launch.hosts=["a", "b"]', "ssh.by_hand=true"], resume=False)
     named = re.compile(r"on it, give `astra (agent \S+) --token-file (\S+)`")
     assert attempt.wait(lambda: bool(named.search(attempt.log.read_text())), 120), attempt.end()[1]
     found = named.search(attempt.log.read_text())

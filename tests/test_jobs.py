@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import warm
 from children import children
+from family import wait_for
 from launch_tools import INPUTS, plan_of, tiny
 from rich.console import Console
 from typer.testing import CliRunner
@@ -279,3 +281,25 @@ def test_the_terminal_is_given_back_when_no_process_could_be_started(
         job_with(tmp_path, DONE).run()
     hidden, shown = (console.file.getvalue().count(f"\x1b[?25{end}") for end in "lh")  # type: ignore[attr-defined]
     assert len(views) == 1 and hidden == shown > 0, "the cursor is back"
+
+
+def test_usr1_has_the_trainer_make_a_checkpoint_and_ends_the_job(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    job = job_with(tmp_path, f"""assert reporter.save_requested.wait(60); open({str(saved)!r}, "w"); sys.exit(0)""")
+
+    def when_it_runs() -> None:
+        def running() -> bool:
+            status = job.context.run_dir.status()
+            return status is not None and status.phase == "running"
+
+        wait_for(running)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    thread = threading.Thread(target=when_it_runs)
+    thread.start()
+    assert job.run() == 130 and saved.exists() and job.save.is_set()
+    thread.join()
+    status, _ = files(tmp_path / "run")
+    assert (status["state"], status["cause"]) == ("interrupted", "it was told to make a checkpoint and end")
+    assert signal.getsignal(signal.SIGUSR1) is before and not children()

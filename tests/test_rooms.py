@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,11 @@ ENGINES_NAMED: dict[tuple[str, str], str] = {
     ("machine/packages.py", "vllm"): "the same",
 }
 """(file, engine that it names) -> why that is so for now. This list only shrinks."""
+CLUSTERS = {"slurm", "ray"}
+CLUSTERS_NAMED: dict[tuple[str, str], str] = {
+    ("config/recipe_run.py", name): "the meaning of launch.hosts tells users what ships" for name in CLUSTERS
+}
+"""(file, cluster that it names) -> why that is so for now. This list only shrinks."""
 WEIGHTS: dict[str, set[str]] = {
     "format": set(),
     "device": {"format"},
@@ -136,6 +142,18 @@ def test_core_names_no_engine() -> None:
             found |= {(module, name) for name in points if name in text}
     assert found - ENGINES_NAMED.keys() == set(), "ask the engine (astracli/engines/contract.py) instead"
     assert ENGINES_NAMED.keys() - found == set(), "no longer needed: take it off the list"
+
+
+def test_core_names_no_cluster() -> None:
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["astra.clusters"]
+    assert points.keys() - {"ssh"} == CLUSTERS
+    found = set()
+    for file in (ROOT / "astracli").rglob("*.py"):
+        module = file.relative_to(ROOT / "astracli").as_posix()
+        if not module.startswith("launch/clusters/"):
+            words = set(re.findall(r"[a-z]+", file.read_text(encoding="utf-8").lower()))
+            found |= {(module, name) for name in CLUSTERS & words}
+    assert found == CLUSTERS_NAMED.keys(), "ask the cluster (astracli/launch/clusters/contract.py) instead"
 
 
 def test_every_kind_of_import_is_seen() -> None:

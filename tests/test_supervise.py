@@ -355,3 +355,37 @@ def test_a_port_is_kept_for_the_process_that_it_was_chosen_for() -> None:
                     listener.listen()
                     with socket.create_connection(("127.0.0.1", port)), listener.accept()[0]:
                         pass
+
+
+def test_a_checkpoint_is_asked_for_and_then_all_end(logs: Path) -> None:
+    hub, save = FakeHub(), threading.Event()
+    done = logs / "done"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(done)!r}).exists(): time.sleep(0.02)"
+    processes = [process(logs, "trainer", wait), process(logs, "eval", SLEEP)]
+    hub.pending = 3
+
+    def tick(running: Supervisor) -> None:
+        for name in processes:
+            running.on_status(report(name.name))
+        if running.phase == "running":
+            save.set()
+        if hub.save_requested:
+            done.touch()
+
+    watching = supervisor(processes, hub, tick=tick, save=save)
+    assert watching.run() and hub.stops == 1, "what it holds is for later: evaluations are not waited for"
+    assert not watching.children and not watching.notes
+
+
+def test_a_checkpoint_that_takes_too_long_is_not_waited_for(logs: Path) -> None:
+    save = threading.Event()
+    trainer = process(logs, "trainer", SLEEP)
+
+    def tick(running: Supervisor) -> None:
+        running.on_status(report("trainer"))
+        if running.phase == "running":
+            save.set()
+
+    watching = supervisor([trainer], tick=tick, save=save, save_s=0.2)
+    assert watching.run()
+    assert watching.notes == ["no checkpoint within 0.2 s: the run goes on from the one before"]

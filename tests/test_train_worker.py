@@ -93,3 +93,21 @@ def test_waiting_says_for_what_and_ends_on_a_stop(job: Job, monkeypatch: pytest.
     with HubClient(job.server.url, TOKEN) as hub:
         assert hub.batch(0, wait_s=0).wait
     assert loop.step == 0
+
+
+def test_a_checkpoint_that_is_asked_for_is_made_between_two_that_are_due(job: Job) -> None:
+    loop = job.loop()
+    loop.start()
+    job.train(loop, until=3)
+    job.reporter.save_requested.set()
+    assert loop.advance() is False
+    loop.leave()
+    assert [found.name for found in sorted((job.run_dir / "checkpoints").glob("step_*"))] == [
+        "step_000002",
+        "step_000003",
+    ]
+    job.reporter.save_requested.clear()
+    again = job.resume()
+    assert again.step == 3
+    job.train(again)
+    assert again.step == STEPS

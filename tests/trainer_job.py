@@ -27,6 +27,7 @@ STEPS = 4
 class FakeReporter:
     def __init__(self) -> None:
         self.stop_requested = threading.Event()
+        self.save_requested = threading.Event()
         self.said: list[str | None] = []
 
     def ready(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,13 @@ def agent(
         Path | None,
         typer.Option("--dir", metavar="DIR", help="Where logs and staged weights go; default: astra-agent-PID here."),
     ] = None,
+    attached: Annotated[
+        bool,
+        typer.Option(
+            "--attached",
+            help="For a program that starts agents: leave when stdin ends, keep files in a temporary folder.",
+        ),
+    ] = False,
     wait: Annotated[
         float,
         typer.Option("--wait", metavar="SECONDS", min=0, help="Time limit for a hub that is not there yet."),
@@ -43,22 +52,34 @@ def agent(
     """
     from astracli.process.signals import signals
 
-    with signals() as interrupted:
+    with signals() as interrupted, contextlib.ExitStack() as stack:
         import os
         import socket
+        import tempfile
 
         from astracli.launch.agent import Agent, AgentSetup, default_cache
         from astracli.process.console import say
 
+        address_of_hub, token = _url(url), _token(token_file)
         place = folder if folder is not None else Path(f"astra-agent-{os.getpid()}")
-        setup = AgentSetup(
-            _url(url), _token(token_file), place, default_cache(), name or socket.gethostname(), address, wait
-        )
+        if attached:
+            if folder is None:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="astra-agent-")))
+            threading.Thread(target=_wait_for_end, args=(interrupted,), daemon=True).start()
+        setup = AgentSetup(address_of_hub, token, place, default_cache(), name or socket.gethostname(), address, wait)
         if token_file != "-":
             setup.read_again = lambda: _token(token_file)
         reason = Agent(setup, interrupted).run()
         say(f"left: {reason}")
     raise typer.Exit(130 if interrupted.is_set() else 0)
+
+
+def _wait_for_end(interrupted: threading.Event) -> None:
+    """Set the event when standard input ends: whoever started this agent is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        while sys.stdin.readline():
+            continue
+    interrupted.set()
 
 
 def _url(text: str) -> str:

@@ -64,7 +64,7 @@ def doctor(
     from astracli.machine import documents
 
     machine = documents.load(facts[0]) if facts else gather(loaded)
-    fleet = documents.fleet(loaded.launch.agents if loaded else (), facts[1:]) if facts else {}
+    fleet = documents.fleet(loaded.agents if loaded else (), facts[1:]) if facts else {}
     if facts_out:
         _write_facts(facts_out, machine.document())
     from astracli.doctor import checks
@@ -77,7 +77,11 @@ def doctor(
         from astracli.launch import inputs
 
         here = inputs.findings(loaded, loaded.command, prompt=wanted)
-        start, prompt = here.refused, here.prompt
+        start, prompt = [check for check in here.refused if check.name != inputs.HOSTS], here.prompt
+    if not facts:
+        from astracli.launch.clusters import registry as clusters
+
+        start = [*start, *clusters.findings(loaded)]
     report = checks.run(loaded, machine, probe=wanted and not facts, start=start, fleet=fleet)
     if json and prompt is not None:
         report["first_prompt"] = prompt.document()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -33,22 +34,25 @@ def print_plan(
 
     On this machine also every check that a start makes; raises typer.Exit(2) when one of them would refuse.
     """
-    from astracli.launch import inputs
+    from astracli.launch import inputs, queued
     from astracli.launch import run as launch
     from astracli.machine import documents
+    from astracli.plan.types import TRAINING
     from astracli.plan.view import render, to_json
 
     described = documents.load(facts) if facts is not None else None
-    fleet = documents.fleet(recipe.launch.agents, others)
+    fleet = documents.fleet(recipe.agents, others)
     found = launch.planned(recipe, command, described, fleet)
     here = inputs.findings(recipe, command, resumed) if described is None else inputs.Findings([], None)
     known = [problem.message for problem in found.problems]  # what config.json says is in the plan already
     refused = [check for check in here.refused if check.value not in known]
+    place = resumed.path.resolve() if resumed is not None else Path("runs").resolve() / f"{recipe.name}-TIME"
+    job = queued.text(recipe, found, place) if command in TRAINING else None
     if output.as_json:
         machine = {"machine": facts, "source": described.source} if described else {}
         start = [{"check": c.name, "message": c.value, "hint": c.fix} for c in refused]
         first = {"first_prompt": here.prompt.document() if here.prompt else None}
-        output.document(to_json(found) | machine | {"start": start} | first)
+        output.document(to_json(found) | machine | {"start": start, "job": job} | first)
         raise typer.Exit(2 if refused else 0)
     if described is not None:
         told = f"for the machine `{facts}`, not this one: {described.source}"
@@ -59,6 +63,8 @@ def print_plan(
         output.text("")
     if here.prompt is not None:
         output.passage(here.prompt.title(), here.prompt.shown())
+    if job is not None:
+        output.passage("the job that would be submitted", job)
     blocked = any(problem.blocking for problem in found.problems)
     which = "that" if described is not None else "this"
     why = f"; {which} machine cannot run it: see above" if blocked else "; a start would be refused:" if refused else ""

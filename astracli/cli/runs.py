@@ -55,15 +55,18 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     """
     from dataclasses import asdict
 
+    from astracli.launch import queued
     from astracli.report import run_files, status_page
 
     found = the_run(run, training=True)
+    job = queued.of(found)
     if json:
         recorded = found.status()
         out(json).document(
             {
                 "run": run_files.row(found),
                 "status": asdict(recorded) if recorded else None,
+                "job": asdict(job) | {"state": queued.words(job)} if job is not None else None,
                 "newest": status_page.figures(found),
                 "evaluation": [vars(trend) | {"difference": trend.difference} for trend in run_files.trends(found)],
                 "figures": run_files.newest_figures(found),
@@ -71,11 +74,11 @@ def status(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
         )
         return
     page = status_page.page(found)
-    out().table([], page.rows)
+    out().table([], [*page.rows, *([("job", queued.words(job))] if job is not None else [])])
     if page.last_lines:
         out().text("")
         out().text("\n".join(page.last_lines))
-    if page.hint:
+    if page.hint and not (job is not None and queued.goes_on(job)):  # its job goes on with it
         out().hint(page.hint)
 
 

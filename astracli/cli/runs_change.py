@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from astracli.cli.options import JsonOpt, OptionalRunArg, RootOpt, RunArg, complete_run, the_run
 from astracli.cli.output import out
 from astracli.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from astracli.launch.clusters.contract import Job
+    from astracli.runs.run_dir import RunDir
 
 CleanedRunArg = Annotated[
     str | None,
@@ -20,6 +24,8 @@ CleanedRunArg = Annotated[
     ),
 ]
 STOP_WAIT_S = 10.0
+JOB_STOP_WAIT_S = 60.0
+"""Its queue takes a few seconds, and agents of other hosts end too."""
 
 
 def stop(run: RunArg, json: JsonOpt = False) -> None:
@@ -27,8 +33,13 @@ def stop(run: RunArg, json: JsonOpt = False) -> None:
 
     The run's supervisor then ends all of its processes.
     """
+    from astracli.launch import queued
+
     found = the_run(run)
-    status = found.status()
+    status, job = found.status(), queued.of(found)
+    if job is not None and queued.state(job) is not None:
+        _stop_job(found, job, json)
+        return
     if status is None or not found.going():
         raise UserError(
             f"run `{found.path}` is not running (state: {found.shown_state()})",
@@ -55,6 +66,26 @@ def stop(run: RunArg, json: JsonOpt = False) -> None:
         return
     out().note(f"stopped `{found.path}` (supervisor {status.pid})")
     out().hint(f"continue it with `astra train --resume {found.path}`")
+
+
+def _stop_job(run: RunDir, job: Job, json: bool) -> None:
+    """The run of a job of a queue, wherever it runs."""
+    import time
+
+    from astracli.launch import queued
+
+    began = run.going()
+    queued.stop(job)
+    deadline = time.monotonic() + JOB_STOP_WAIT_S
+    while time.monotonic() < deadline and (run.going() or queued.state(job) is not None):
+        time.sleep(0.5)
+    if run.going():
+        raise RunFailed(f"run `{run.path}` still stops after {JOB_STOP_WAIT_S:.0f} s ({queued.words(job)})")
+    if json:
+        out(json).document({"run": str(run.path), "job": job.ident, "state": run.shown_state()})
+        return
+    out().note(f"stopped `{run.path}` ({job.cluster} job {job.ident})" if began else f"took job {job.ident} back")
+    out().hint(f"{'continue' if began else 'start'} it with `astra train --resume {run.path}`")
 
 
 def export(

@@ -9,7 +9,8 @@ environments in `recipe_env`, training and how weights travel in `recipe_train`,
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     Field,
@@ -17,10 +18,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     SerializeAsAny,
+    create_model,
     model_validator,
 )
 
-from astracli.config import recipe_data
+from astracli.config import recipe_clusters, recipe_data
 from astracli.config.algorithms import AlgorithmTable, find
 from astracli.config.recipe_data import DataTable, EvalSetTable
 from astracli.config.recipe_env import EnvTable
@@ -121,6 +123,19 @@ class Recipe(Table):
     metrics: MetricsTable = MetricsTable()
     expected: ExpectedTable | None = None
 
+    @classmethod
+    def brought(cls) -> dict[str, type[Table]]:
+        return recipe_clusters.tables()
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Hosts other than the first, where agents start the processes."""
+        hosts = self.launch.hosts
+        if not isinstance(hosts, str):
+            return tuple(hosts[1:])
+        own = getattr(self, hosts, None) if hosts in self.brought() else None
+        return tuple(recipe_clusters.nodes(own.nodes)[1:]) if isinstance(own, recipe_clusters.ClusterTable) else ()
+
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         """`resources.device`; `auto` is a GPU where the recipe asks for any."""
@@ -177,6 +192,14 @@ class Recipe(Table):
         """`eval.max_concurrency`; `auto` is what an engine decodes at once."""
         most = self.eval.max_concurrency
         return self.rollout.running if most == "auto" else most
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_clusters(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """A recipe with the tables of the installed clusters, looked up here: a cluster may import this module."""
+        if cls is Recipe and isinstance(values, dict):
+            return cast(Self, _with_clusters().model_validate(values))
+        return handler(values)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -246,7 +269,8 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _coherent_hosts(self) -> Recipe:
-        if problem := self.launch.problem() or self.launch.ranks_problem(self.resources):
+        agents = self.agents
+        if problem := self.launch.problem(agents) or self.launch.ranks_problem(self.resources, agents):
             raise ValueError(problem)
         return self
 
@@ -284,3 +308,9 @@ class Recipe(Table):
         if problem := recipe_data.contradiction(self.data) or recipe_data.set_problem(evaluation.sets):
             raise ValueError(problem)
         return self
+
+
+@cache
+def _with_clusters() -> type[Recipe]:
+    fields: dict[str, Any] = {name: (table, table()) for name, table in Recipe.brought().items()}
+    return create_model("Recipe", __base__=Recipe, **fields)

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from astracli.config import doors, reading, toml_text
+from astracli.config import doors, reading, recipe_clusters, toml_text
 from astracli.config.benchmarks import BENCHMARKS, get, is_path, own_sets
 from astracli.errors import UserError
 
@@ -87,6 +87,8 @@ def check(document: Mapping[str, Any], name: str) -> Recipe:
 def _check_names(recipe: Recipe, label: str) -> None:
     """What the schema cannot know: names of engine and benchmarks, and their own samples. Raises UserError."""
     used = [("rollout.engine", recipe.rollout.engine, "engine", ["auto", *doors.names("astra.engines")])]
+    if isinstance(recipe.launch.hosts, str):
+        used.append(("launch.hosts", recipe.launch.hosts, "cluster", recipe_clusters.names()))
     used += [
         ("eval.benchmarks", name, "benchmark", [*BENCHMARKS, *own_sets(recipe)])
         for name in recipe.eval.benchmarks

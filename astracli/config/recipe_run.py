@@ -6,7 +6,7 @@ All of it but `launch.deterministic` may change on a resume; `launch.resume_rule
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -123,10 +123,11 @@ class LaunchTable(Table):
     is not encrypted, and the collectives of torch and NCCL know no token."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the hub. 0: one that is free. A fixed one lets agents be started before the run."""
-    hosts: Literal["local"] | Annotated[list[HostName], Field(min_length=1)] = "local"
+    hosts: str | Annotated[list[HostName], Field(min_length=1)] = "local"
     """`local`: every process runs here. A list of names: the trainer runs on the first, which is this machine, and the
-    engines on the others, where `astra agent` has been started. With a list, more hosts may join while the run goes
-    on."""
+    engines on the others, where `astra train` starts agents by ssh. The name of a cluster (`slurm`, `ray`, or another
+    entry point in the group `astra.clusters`): agents run on its nodes, as its own table says. With any but `local`
+    more hosts may join while the run goes on."""
     agent_lease_s: PositiveFloat = 45.0
     """An agent that has not heard the hub for so long ends its processes; the run then goes on without it. At most
     five sixths of `heartbeat_timeout_s`."""
@@ -152,14 +153,10 @@ class LaunchTable(Table):
     growing. None: 100, or 1000 with `data.curriculum`, which reads solve rates from these rows. (What was generated
     leaves it sooner: once the second checkpoint after its step is acknowledged, or the next step without any.)"""
 
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """Hosts other than the first, where agents start the processes."""
-        return () if isinstance(self.hosts, str) else tuple(self.hosts[1:])
-
-    def ranks_problem(self, resources: ResourcesTable) -> str | None:
-        """Why the trainer cannot run on so many hosts; None when it can."""
-        wanted, there = resources.train_hosts, 1 + len(self.agents)
+    def ranks_problem(self, resources: ResourcesTable, agents: Sequence[str]) -> str | None:
+        """Why the trainer cannot run on so many hosts; None when it can. `agents`: hosts other than the
+        first."""
+        wanted, there = resources.train_hosts, 1 + len(agents)
         if wanted == 1:
             return None
         if wanted > there:
@@ -178,8 +175,8 @@ class LaunchTable(Table):
             )
         return None
 
-    def problem(self) -> str | None:
-        """Why these values do not go together; None when they do."""
+    def problem(self, agents: Sequence[str]) -> str | None:
+        """Why these values do not go together; None when they do. `agents`: hosts other than the first."""
         if not is_loopback(self.host) and self.network != "private":
             return (
                 f'launch.host = "{self.host}" is reached from other machines: set launch.network = "private" if only '
@@ -187,9 +184,9 @@ class LaunchTable(Table):
             )
         if not isinstance(self.hosts, str) and NEWCOMER in self.hosts:
             return f"launch.hosts = {self.hosts}: `{NEWCOMER}` stands for hosts that join later, take another name"
-        if len({*self.agents}) < len(self.agents) or (not isinstance(self.hosts, str) and self.hosts[0] in self.agents):
+        if not isinstance(self.hosts, str) and len({*self.hosts}) < len(self.hosts):
             return f"launch.hosts = {self.hosts} names a host twice"
-        if self.agents and 1.2 * self.agent_lease_s > self.heartbeat_timeout_s:
+        if agents and 1.2 * self.agent_lease_s > self.heartbeat_timeout_s:
             return (
                 f"launch.agent_lease_s = {self.agent_lease_s:g} needs a launch.heartbeat_timeout_s of at least "
                 f"{1.2 * self.agent_lease_s:g}: below that, processes count as dead while their agent holds them"

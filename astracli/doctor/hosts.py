@@ -18,7 +18,7 @@ Group = Callable[[Subject], Iterator[Check]]
 def checks(subject: Subject, fleet: Mapping[str, Machine], groups: tuple[Group, ...]) -> Iterator[Check]:
     """`groups`: what is judged of every host; a check of host `b` is in the group `b: gpu`. Hosts of the recipe without
     a document are named."""
-    agents = subject.recipe.launch.agents if subject.recipe is not None else ()
+    agents = subject.recipe.agents if subject.recipe is not None else ()
     if unknown := [host for host in agents if host not in fleet]:
         how = "`--facts` once more for each, in the order of launch.hosts; a run writes RUN_DIR/agents/NAME.json"
         yield Check("not judged", GROUP, "skip", f"{', '.join(unknown)}: {how}")

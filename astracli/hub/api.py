@@ -155,7 +155,7 @@ class _Hub:
             beat = {"name": name, "pid": pid, "state": state, "waiting": waiting, "progress": progress}
             more = {"error": error, "warnings": warnings}
             self._on_status(beat | {key: value for key, value in more.items() if value is not None})
-        return {"stop": self._store.stop_requested}
+        return {"stop": self._store.stop_requested, "save": self._store.save_requested}
 
     def metrics(self, records: list[dict[str, Any]]) -> None:
         """Lines of metrics.jsonl, one JSON object each: {"time", "step", "process", ...}."""

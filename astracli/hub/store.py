@@ -64,6 +64,8 @@ class HubStore:
         self._slots = SlotShares(settings.slots, settings.eval_slots, clock)
         self._listeners: list[Callable[[], None]] = []
         self.stop_requested = False
+        self.save_requested = False
+        """The trainer is to make a checkpoint and end."""
         self._wave_left = 0
 
     # ---- changes and the end -----------------------------------------------------------------------------------------

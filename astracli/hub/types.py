@@ -142,6 +142,8 @@ class Batch(_Answer):
 class NextBatch(_Answer):
     batch: Batch | None
     wait: str | None = None
+    save: bool = False
+    """The first rank to the others: none will come, and the state is to become a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class RunContext:
     """What a rollout without a trainer writes."""
     start: int = 0
     """How often the supervisor has started the run again in this attempt."""
+    save_s: float | None = None
+    """How long a checkpoint may take that is asked for before the end; None: any time."""
     warm: bool = False
     """The run is there to fill the caches of kernels (`warm.py`)."""
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)

@@ -21,6 +21,7 @@ from astracli.errors import RunFailed, UserError
 from astracli.hub.agent_types import ProcessNews
 from astracli.hub.agents import Agents
 from astracli.launch import configs, shared_dir
+from astracli.launch.clusters.keeper import Keeper
 from astracli.launch.configs import RunContext, Site
 from astracli.launch.host_inputs import HostInputs
 from astracli.launch.launcher import Launcher, Process, Started
@@ -58,6 +59,9 @@ class Fleet:
     def __init__(self, context: RunContext, local: Launcher):
         self._context, self._local, self._run = context, local, context.run_dir
         self._limits: LaunchTable = context.recipe.launch
+        self._planned = context.recipe.agents
+        self.keeper: Keeper | None = None
+        """What starts the agents; None: their user does."""
         self._tokens = self._run.path / "agents"
         self._tokens.mkdir(mode=0o700, exist_ok=True)
         self._started: dict[int, RemoteProcess] = {}
@@ -71,7 +75,7 @@ class Fleet:
         self.url = ""
         self.inputs = HostInputs(context.inputs)
         self.agents = Agents(
-            self._limits.agents,
+            self._planned,
             run=self._run.name,
             versions=versions(),
             lease_s=self._limits.agent_lease_s,
@@ -93,8 +97,12 @@ class Fleet:
             machine = validate(facts).limited(self._context.recipe.resources.gpu_memory_gib)
         except UserError as error:
             return error.message
-        planned = host in self._limits.agents or self._context.plan.choice.device == "cpu"
+        planned = host in self._planned or self._context.plan.choice.device == "cpu"
         return None if planned else hosts.refusal_of_newcomer(self._context.plan, machine)
+
+    @property
+    def takes_newcomers(self) -> bool:
+        return self._refuses_newcomers() is None
 
     # ---- hosts -------------------------------------------------------------------------------------------------------
 
@@ -113,20 +121,17 @@ class Fleet:
         self.url = url
         began, told = time.monotonic(), -WORDS_S
         shown = 0
-        for host in self._limits.agents:
+        for host in self._planned if self.keeper is None else ():
             say(f"host `{host}` is awaited: on it, give `{self.command(host)}`")
-        while absent := [host for host in self._limits.agents if self.agents.state(host) != "here"]:
+        while absent := [host for host in self._planned if self.agents.state(host) != "here"]:
             now = time.monotonic() - began
             for words in self.agents.refusals[shown:]:
                 say(f"warning: an agent was refused: {words}")
             shown = len(self.agents.refusals)
+            if self.keeper is not None and (failure := self.keeper.failure()) is not None:
+                raise failure
             if now > self._limits.ready_timeout_s:
-                last = self.agents.refusals[-1:]
-                raise RunFailed(
-                    f"no agent on {_names(absent)} after {self._limits.ready_timeout_s:g} s"
-                    + (f"; the last that was refused: {last[0]}" if last else ""),
-                    f"on it, give `{self.command(absent[0])}`; launch.ready_timeout_s is the limit",
-                )
+                raise self._late(absent)
             if now - told > WORDS_S:
                 told = now
                 self._run.update(phase="starting", hosts=self.hosts())
@@ -134,10 +139,20 @@ class Fleet:
                 raise RunFailed("the hub stopped serving")
             if interrupted.wait(0.1):
                 return
-        for host in self._limits.agents:
+        for host in self._planned:
             self._note(host)
-        if self._refuses_newcomers() is None:
+        if self.takes_newcomers:
             say(f"more hosts may join: `{self.command(NEWCOMER)}`")
+
+    def _late(self, absent: Sequence[str]) -> RunFailed:
+        last = self.agents.refusals[-1:]
+        words = f"no agent on {_names(absent)} after {self._limits.ready_timeout_s:g} s"
+        words += f"; the last that was refused: {last[0]}" if last else ""
+        how = f"on it, give `{self.command(absent[0])}`; "
+        if self.keeper is not None:
+            awaited, how = self.keeper.awaited(absent[0]), ""
+            words += f"; {awaited}" if awaited else ""
+        return RunFailed(words, f"{how}launch.ready_timeout_s is the limit")
 
     def _note(self, host: str) -> None:
         """Say that an agent is there, and keep its host's facts."""
@@ -153,7 +168,7 @@ class Fleet:
 
     def machines(self) -> dict[str, Machine]:
         """The facts of the plan's hosts that are here."""
-        agents = {host: self.agents.agent(host) for host in self._limits.agents}
+        agents = {host: self.agents.agent(host) for host in self._planned}
         return {host: validate(agent.facts) for host, agent in agents.items() if agent is not None}
 
     def use(self, context: RunContext) -> None:
@@ -172,9 +187,11 @@ class Fleet:
         for host in self.agents.hosts:
             agent, running = self.agents.agent(host), sorted(one.name for one in self._of(host) if not one.exited())
             if agent is None:
-                found[host] = "its agent is awaited"
+                awaited = self.keeper.awaited(host) if self.keeper is not None else ""
+                found[host] = awaited or "its agent is awaited"
             elif agent.gone is not None:
-                found[host] = f"its agent {agent.gone}; on it, give `{self.command(host)}`"
+                how = f"; on it, give `{self.command(host)}`" if self.keeper is None else ""
+                found[host] = f"its agent {agent.gone}{how}"
             else:
                 found[host] = f"{agent.address}, runs {', '.join(running) or 'nothing'}"
         return found
@@ -184,7 +201,7 @@ class Fleet:
         hold a version that was checked."""
         found: list[Process] = []
         for host in self.agents.hosts:
-            if host in self._limits.agents or host in self._joined or not self.has(host):
+            if host in self._planned or host in self._joined or not self.has(host):
                 continue
             self._joined.append(host)
             plan, agent = self._context.plan, self.agents.agent(host)

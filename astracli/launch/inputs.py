@@ -23,6 +23,7 @@ from astracli.data import fetch
 from astracli.envs import registry as envs
 from astracli.errors import UserError
 from astracli.launch import example_inputs, lora_inputs, problem_files, recipe_changes, teacher_inputs
+from astracli.launch.clusters import registry as clusters
 from astracli.machine.findings import Check
 from astracli.models import chat, checkpoint_files, preflight, registry
 from astracli.models.adapter import read_config
@@ -36,6 +37,10 @@ from astracli.runs.run_dir import RunDir
 if TYPE_CHECKING:
     from astracli.data.prompts import Problem
     from astracli.launch.first_prompt import FirstPrompt
+
+
+HOSTS = "hosts"
+"""Name of the check whether the recipe's hosts can be had."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None, *,
     imports the tokenizer's library); without a download."""
     ledger = Ledger(keep=True, resumed=resumed, shows=prompt)
     data, benchmarks = needs(recipe, command)
+    with ledger.check(HOSTS):
+        clusters.check(recipe, command)
     with fetch.only_here():
         prepare(recipe, ledger, data=data, benchmarks=benchmarks, resumed=resumed)
     refused = [Check(name, "start", "fail", error.message, "", error.hint or "") for name, error in ledger.refused]

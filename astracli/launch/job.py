@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from astracli.errors import AstraError, RunFailed, UserError, machine_failed, refused_by_system
 from astracli.launch import configs, from_run, hub, no_signal, recipe_changes, resume_rules, summary
+from astracli.launch.clusters import registry as clusters
+from astracli.launch.clusters.keeper import Keeper
 from astracli.launch.configs import RunContext
 from astracli.launch.fleet import Fleet
 from astracli.launch.forks import Forks
@@ -57,6 +60,8 @@ class Job:
     """Seconds of wall time that came before the job, by name; the job adds its own."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Empty when the job ended before its first process."""
+    save: threading.Event = field(default_factory=threading.Event)
+    """Set by SIGUSR1: a checkpoint was asked for, and then the end."""
     replan: Callable[[Mapping[str, Machine]], LaunchPlan] | None = None
     """The plan again, with the facts of the hosts that agents have told; None: it stays."""
     _started: float = field(default_factory=time.time)
@@ -78,7 +83,8 @@ class Job:
         code = 1
         try:
             if self._supervise():
-                state, code, cause = "interrupted", 130, "interrupted"
+                state, code = "interrupted", 130
+                cause = "it was told to make a checkpoint and end" if self.save.is_set() else "interrupted"
             else:
                 state, code = "done", 0
         except KeyboardInterrupt:
@@ -129,7 +135,7 @@ class Job:
         sinks = metrics.open_sinks(context.recipe.metrics.sinks, run.path)
         metrics.mend(run.metrics_jsonl)
         with contextlib.ExitStack() as stack:
-            interrupted = stack.enter_context(signals())
+            interrupted = stack.enter_context(signals(self.save))
             local = LocalLauncher(run.lock_fd, forks=self._forks())
             stack.callback(local.close)
             fleet = Fleet(context, local) if self._hosts else None
@@ -137,7 +143,7 @@ class Job:
             serving = hub.serving(context, lambda body: supervisor.on_status(body), fleet)
             store, server = stack.enter_context(serving)
             if fleet is not None:
-                stack.callback(fleet.close)  # before the hub: agents hear from it that all ends
+                self._keep_agents(fleet, server.url, stack)
                 fleet.gather(server.url, interrupted, lambda: server.alive)
                 if interrupted.is_set():
                     return True
@@ -167,6 +173,8 @@ class Job:
                 resumes=self._resumes(store, server.url, fleet, stack),
                 interrupted=interrupted,
                 log=run.attempt_logs(context.attempt) / "supervisor.log",
+                save=self.save,
+                save_s=context.save_s,
             )
             try:
                 return supervisor.run()
@@ -189,7 +197,22 @@ class Job:
     @property
     def _hosts(self) -> bool:
         """Whether agents start some of its processes, or may."""
-        return self.context.plan.command == "train" and self.context.recipe.launch.hosts != "local"
+        return self.context.plan.command == "train" and clusters.of(self.context.recipe) is not None
+
+    def _keep_agents(self, fleet: Fleet, url: str, stack: contextlib.ExitStack) -> None:
+        """Have agents started on the run's hosts, and ended with it."""
+        context, cluster = self.context, clusters.of(self.context.recipe)
+        hosts = cluster.open(context.recipe, context.plan) if cluster is not None else None
+        if hosts is not None:
+            logs = context.run_dir.attempt_logs(context.attempt)
+            fleet.keeper = Keeper(
+                hosts, context.recipe.agents, fleet.agents, url, logs, newcomers=fleet.takes_newcomers
+            )
+            stack.callback(fleet.keeper.close)
+            fleet.keeper.begin()
+        stack.callback(fleet.close)  # before the hub: agents hear from it that all ends
+        if fleet.keeper is not None:
+            stack.callback(fleet.keeper.hold)
 
     def _with_hosts(self, fleet: Fleet) -> RunContext:
         """The plan made again now that every host of it has said what it is. Raises RunFailed for what one lacks."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from astracli.config import doors
+from astracli.config import doors, recipe_clusters
 
 OF_THE_MODEL = ("model.path", "model.revision", "model.adapter")
 MODEL = "the checkpoint holds the weights of the run's own model"
@@ -68,7 +68,9 @@ OTHER = "it decides what the run learns from"
 
 def refusal(key: str) -> str | None:
     """Why a dotted key may not change on a resume; None when it may."""
-    found = _longest(key, {*MAY, *MAY_NOT, *(f"rollout.{name}." for name in doors.names("astra.engines"))})
+    brought = [f"rollout.{name}." for name in doors.names("astra.engines")]
+    brought += [f"{name}." for name in doors.names(recipe_clusters.GROUP)]
+    found = _longest(key, {*MAY, *MAY_NOT, *brought})
     return MAY_NOT.get(found) if found is not None else OTHER
 
 

@@ -15,7 +15,18 @@ from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import UserError
-from astracli.launch import from_run, job, problem_files, random_weights, recipe_changes, resume_rules, teacher_inputs
+from astracli.launch import (
+    from_run,
+    job,
+    problem_files,
+    queued,
+    random_weights,
+    recipe_changes,
+    resume_rules,
+    teacher_inputs,
+)
+from astracli.launch.clusters import registry as clusters
+from astracli.launch.clusters.contract import Queue
 from astracli.launch.configs import RunContext
 from astracli.launch.from_run import Source
 from astracli.launch.inputs import Inputs, fetched, needs
@@ -26,6 +37,7 @@ from astracli.models import registry
 from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
 from astracli.plan.types import Command, LaunchPlan
+from astracli.process.atomic import write_atomic
 from astracli.process.config import Keep, SampleFile
 from astracli.process.console import plain, say
 from astracli.runs import changes as run_changes
@@ -99,7 +111,10 @@ def train_run(
     recipe_changes.require(recipe, command)
     if source is not None:
         recipe = from_run.checked(recipe, source, keep_optimizer=keep_optimizer)
-    plan = _train_plan(recipe, resume, source)
+    queue = clusters.queue(recipe)
+    plan = _train_plan(recipe, resume, source) if queue is None else planned(recipe, command)
+    if queue is not None:
+        queued.refuse(recipe, plan)
     there = run_dir is not None and run_dir.exists()
     run = runs.resume(resume) if resume is not None else runs.create(recipe.name, run_dir)
     step: int | None = None
@@ -119,6 +134,8 @@ def train_run(
         else:
             run.unlock()
         raise
+    if queue is not None:
+        return _submit(queue, recipe, plan, run, changes, step)
     initial = from_run.initial_checkpoint(run)
     code, summary = _run(began, inputs, recipe, plan, run, changes, resume_step=step, initial=initial, warm=warm)
     if summary and not warm:
@@ -209,7 +226,9 @@ def _run(
     """Run everything in the run directory, then unlock it. -> (exit code, summary). `began`: when the command began;
     `changes`: what a resume changes in the recipe; `more`: further fields of `RunContext`."""
     attempt = job.open_run(run, recipe_io.to_json(recipe), plan)
-    context = RunContext(recipe, plan, run, attempt, inputs, **more)
+    cluster = clusters.of(recipe)
+    save_s = cluster.queue.save_s(recipe) if cluster is not None and cluster.queue is not None else None
+    context = RunContext(clusters.addressed(recipe), plan, run, attempt, inputs, save_s=save_s, **more)
     apply_changes(run, context.resume_step or 0, attempt, changes)
     before = {"planning": time.monotonic() - began - inputs.seconds, "fetching": inputs.seconds}
     task = Job(context, before, replan=lambda machines: planned(recipe, plan.command, fleet=machines))
@@ -219,9 +238,23 @@ def _run(
     where = f" from step {context.resume_step}, attempt {attempt}" if context.resume_step is not None else ""
     say(f"run {run.path}{where}: {names}; logs in {run.attempt_logs(attempt)}")
     try:
-        return task.run(), task.summary
+        code = task.run()
     finally:
         run.unlock()
+    if task.save.is_set() and code == 130:
+        queued.again(recipe, run)
+    return code, task.summary
+
+
+def _submit(
+    queue: Queue, recipe: Recipe, plan: LaunchPlan, run: RunDir, changes: Changes, step: int | None
+) -> tuple[int, RunDir]:
+    """Hand a run that lies ready to a queue, whose job goes on with it from here."""
+    write_atomic(run.recipe_json, recipe_io.to_json(recipe))
+    apply_changes(run, step or 0, max(run.attempts(), default=0) + 1, changes)
+    run.unlock()
+    queued.submit(queue, recipe, plan, run)
+    return 0, run
 
 
 def apply_changes(run: RunDir, step: int, attempt: int, changes: Changes) -> None:
@@ -249,6 +282,7 @@ def _refusing_plan(recipe: Recipe, command: Command) -> LaunchPlan:
 def _inputs(recipe: Recipe, command: Command, resumed: RunDir | None = None) -> Inputs:
     """What the command reads, checked and on this machine. Raises UserError."""
     data, benchmarks = needs(recipe, command)
+    clusters.check(recipe, command)
     return fetched(recipe, data=data, benchmarks=benchmarks, resumed=resumed)
 
 

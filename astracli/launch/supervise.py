@@ -60,10 +60,15 @@ class Supervisor:
         interrupted: threading.Event | None = None,
         poll_s: float = 0.1,
         log: Path | None = None,
+        save: threading.Event | None = None,
+        save_s: float | None = None,
     ):
-        """`log`: the file of the supervisor's own warnings."""
+        """`log`: the file of the supervisor's own warnings. `save`: once it is set, the main role makes a checkpoint
+        and ends, and the run with it; after `save_s` seconds without one too."""
         self.processes = {process.name: process for process in processes}
         self.status = {name: Status() for name in self.processes}
+        self._planned = frozenset(self.processes)
+        """Without those of hosts that join later."""
         self.phase: Phase = "starting"
         self.children: dict[str, Started] = {}
         self.notes: list[str] = []
@@ -83,6 +88,9 @@ class Supervisor:
         self._poll_s = poll_s
         self._log = log
         self._interrupted = interrupted
+        self._save, self._save_s = save or threading.Event(), save_s
+        self._saving: float | None = None
+        """Since when a checkpoint is asked for."""
         self._phases: dict[str, float] = {}
         self._phase_began = time.monotonic()
         self._looked = time.monotonic()
@@ -123,7 +131,7 @@ class Supervisor:
                     self._look()
                     self._tick(self)
                     interrupted.wait(self._poll_s)
-                before_its_end = interrupted.is_set()
+                before_its_end = interrupted.is_set() or self._saving is not None
                 self._enter("stopping")
                 self._hub.request_stop()
                 if not before_its_end:
@@ -157,12 +165,26 @@ class Supervisor:
             self._phase_began = time.monotonic()
 
     def _finished(self) -> bool:
-        """All of the main role ended well, and no evaluation is pending that somebody could still do."""
+        """All of the main role ended well, and no evaluation is pending that somebody could still do. After a
+        checkpoint was asked for, evaluations are left for later."""
+        if self._save.is_set() and self._saved():
+            return True
         if self._done < self._main:
             return False
         self._enter("finishing")
         evaluating = any(self.processes[name].plan.role is Role.EVAL for name in self.children)
         return not (evaluating and self._hub.pending_evals() > 0)
+
+    def _saved(self) -> bool:
+        """Ask for a checkpoint, once; whether there is one, or none can be expected."""
+        if self._saving is None:
+            self._saving = time.monotonic()
+            self._hub.save_requested = True
+            say("a checkpoint is made, then the run ends")
+        if self._save_s is not None and time.monotonic() - self._saving > self._save_s:
+            self.warn(f"no checkpoint within {self._save_s:g} s: the run goes on from the one before")
+            return True
+        return self._done >= self._main or self.phase in ("starting", "resuming")
 
     def _look(self) -> None:
         """One round over all children. Raises RunFailed."""
@@ -261,7 +283,9 @@ class Supervisor:
             self._start_anew(process)
         for process in self.away.back(self._launcher.has):
             self._start_anew(process, self.status[process.name].restarts + 1)
-        engines_left = any(self.processes[name].plan.role is Role.ENGINE for name in self.children)
+        there = [name for name in self.children if self.processes[name].plan.role is Role.ENGINE]
+        # evaluations use engines of the plan alone, and at the end nobody else needs any
+        engines_left = any(self.phase != "finishing" or name in self._planned for name in there)
         if (words := self.away.too_long(engines_left, now, self._limits.ready_timeout_s)) is not None:
             raise RunFailed(words, self._hint() or None)
 

@@ -118,7 +118,7 @@ class Draft:
     @cached_property
     def machines(self) -> dict[Host, Machine | None]:
         """The hosts of this command in their order; None: not known yet."""
-        others = self.asked.launch.agents if self.command == "train" else ()
+        others = self.asked.agents if self.command == "train" else ()
         return {None: self.facts, **{host: self.fleet.get(host) for host in others}}
 
     @cached_property

@@ -70,7 +70,7 @@ def shortages(plan: LaunchPlan, fleet: Mapping[str, Machine]) -> list[PlanProble
 
 def problems(recipe: Recipe, processes: Sequence[ProcessPlan]) -> list[PlanProblem]:
     """Hosts for which the recipe has no work."""
-    agents, busy = recipe.launch.agents, {process.host for process in processes}
+    agents, busy = recipe.agents, {process.host for process in processes}
     idle = [host for host in agents if host not in busy]
     if not idle:
         return []

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[threading.Event]:
-    """Ctrl-C, TERM and a closed terminal set the event: this process has children to end before itself.
+def signals(save: threading.Event | None = None) -> Iterator[threading.Event]:
+    """Ctrl-C, TERM and a closed terminal set the event: this process has children to end before itself. USR1 sets
+    `save`.
 
     Entered before anything heavy is imported: a library's bare `except:` would swallow a KeyboardInterrupt.
     """
@@ -22,6 +23,8 @@ def signals() -> Iterator[threading.Event]:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             before[signum] = signal.signal(signum, lambda _signum, _frame: interrupted.set())
+    if save is not None:
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda _signum, _frame: save.set())
     try:
         yield interrupted
     finally:

@@ -76,6 +76,8 @@ class Reporter:
     def __init__(self, config: ProcessConfig, *, interval_s: float = 1.0, give_up_s: float = GONE_S):
         self.stop_requested = threading.Event()
         """Set when the hub asks for a stop, or on SIGTERM: finish what you do and return."""
+        self.save_requested = threading.Event()
+        """Set when the hub asks for a checkpoint and then a stop: of the trainer."""
         self._config = config
         self._interval_s = interval_s
         self._give_up_s = give_up_s
@@ -170,8 +172,11 @@ class Reporter:
         reply = self._http.post("/status", content=json.dumps(body, default=str))
         if reply.status_code >= 400:
             raise ValueError(f"the hub refused a heartbeat: {reply.status_code}")
-        if reply.json().get("stop"):
+        said = reply.json()
+        if said.get("stop"):
             self.stop_requested.set()
+        if said.get("save"):
+            self.save_requested.set()
         with self._lock:
             del self._warnings[: len(told)]
 

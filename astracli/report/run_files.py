@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from astracli.errors import UserError
 from astracli.runs import changes, documents, metrics, names
-from astracli.runs.run_dir import RunDir, paths
+from astracli.runs.run_dir import JOB_LOG, RunDir, paths
 
 Outcome = Literal["right", "wrong", "truncated"]
 
@@ -27,7 +27,7 @@ def row(run: RunDir) -> dict[str, Any]:
     """One line of `astra runs list`. A damaged `status.json` is said, not raised."""
     try:
         status = run.status()
-        state = "not started" if status is None else status.shown()
+        state = run.shown_state()
     except UserError:
         status, state = None, f"unknown: {run.status_json.name} is damaged"
     end = status and (status.ended or (time.time() if status.alive() else None))
@@ -66,9 +66,10 @@ def newest_figures(run: RunDir) -> dict[str, dict[str, Any]]:
 def log_files(run: RunDir, name: str | None = None) -> list[Path]:
     """Logs of the newest attempt, all or the one called `name`. Raises UserError."""
     attempts = run.attempts()
-    if not attempts:
+    files = sorted(run.attempt_logs(attempts[-1]).glob("*.log")) if attempts else []
+    files += [file for file in [run.logs / JOB_LOG] if file.is_file()]
+    if not files:
         raise UserError(f"run `{run.path}` has no logs")
-    files = sorted(run.attempt_logs(attempts[-1]).glob("*.log"))
     if name is None:
         return files
     found = [file for file in files if file.stem == name]

@@ -23,6 +23,8 @@ from astracli.runs.status import RunStatus, State, status_text
 
 ORIGIN = "astra_export.json"
 """Beside the weights of an export: the steps that they were trained, and the layout, the source's or text only."""
+JOB_LOG = "job.log"
+"""In `logs`: what the job of a queue writes, of all attempts."""
 ORPHANS_S = 20.0
 """Children look for their supervisor each second, and give an unreachable hub ten."""
 
@@ -38,6 +40,8 @@ class RunDir:
         self.metrics_jsonl = path / "metrics.jsonl"
         self.summary_json = path / "summary.json"
         """The summary figures; written when an attempt ends."""
+        self.job_json = path / "job.json"
+        """The job of a queue that starts the run; absent where none does."""
         self.changes_jsonl = path / "changes.jsonl"
         """What resumes changed in the recipe (`runs.changes`)."""
         self.hub_sqlite = path / "hub.sqlite"
@@ -188,9 +192,11 @@ class RunDir:
         return status is not None and status.state == "running" and status.alive()
 
     def shown_state(self) -> str:
-        """The run's state in words; `not started` without a `status.json`."""
+        """The run's state in words; `not started` without a `status.json`, `submitted` where a job is to start it."""
         status = self.status()
-        return "not started" if status is None else status.shown()
+        if status is not None:
+            return status.shown()
+        return "submitted" if reading.is_file(self.job_json) else "not started"
 
     def start(
         self, *, recipe: str, command: str = "train", attempt: int = 1, steps: int | None = None, step: int = 0

@@ -30,10 +30,13 @@ from astracli.training.supervised import Targets, train_on_examples
 BATCH_WAIT_S = 5.0
 """One long poll for a batch; between two, a stop is noticed."""
 LOOK_S = 0.2
-_GO, _STOP = b"1", b"0"
+_GO, _STOP, _SAVE = b"1", b"0", b"2"
 
 
 class Source(Protocol):
+    saves: bool
+    """The last `receive` ended because a checkpoint was asked for, on every rank."""
+
     def receive(self, step: int, check: Callable[[], None]) -> tuple[list[Group], dict[str, float]] | None:
         """The groups of a step, on every rank, and figures of what arrived for it; None on a stop. A collective.
         `check` raises what went wrong beside the loop while it waits."""
@@ -61,6 +64,8 @@ def of(config: TrainerConfig, reporter: Reporter, ranks: Ranks, hub: HubClient |
 class Rollouts:
     """Groups that the rollout workers have handed in. Rank 0 asks the hub."""
 
+    saves = False
+
     def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Ranks, hub: HubClient | None):
         self._config, self._recipe, self._reporter, self._ranks, self._hub = (
             config, config.recipe, reporter, ranks, hub,
@@ -69,9 +74,13 @@ class Rollouts:
     def receive(self, step: int, check: Callable[[], None]) -> tuple[list[Group], dict[str, float]] | None:
         if self._hub is None:
             self._reporter.waiting("waiting for the first rank's batch")
-        message = None if self._hub is None else pack_answer(NextBatch(self._poll(self._hub, step, check)))[0]
+        message = None
+        if self._hub is not None:
+            batch = self._poll(self._hub, step, check)
+            message = pack_answer(NextBatch(batch, save=batch is None and self._reporter.save_requested.is_set()))[0]
         reply: NextBatch = unpack_answer(NextBatch, self._ranks.broadcast(message), MSGPACK, "the first rank")
         self._reporter.waiting(None)
+        self.saves = reply.save
         if reply.batch is None:
             return None
         stats = step_figures.arrived(reply.batch, replays=bool(self._recipe.train.replay_ratio))
@@ -85,7 +94,7 @@ class Rollouts:
 
     def _poll(self, hub: HubClient, step: int, check: Callable[[], None]) -> Batch | None:
         """This step's batch; None on a stop."""
-        while not self._reporter.stop_requested.is_set():
+        while not (self._reporter.stop_requested.is_set() or self._reporter.save_requested.is_set()):
             reply: NextBatch = hub.batch(step, wait_s=BATCH_WAIT_S)
             if reply.batch is not None:
                 return reply.batch
@@ -111,6 +120,8 @@ class Examples:
     """Examples of a data set in their seeded order, a new one each epoch. The step alone says which they are, so every
     rank reads them itself, and a resumed run goes on with the same ones."""
 
+    saves = False
+
     def __init__(self, config: TrainerConfig, reporter: Reporter, ranks: Ranks, hub: HubClient | None):
         recipe = config.recipe
         assert recipe.sft is not None
@@ -124,10 +135,11 @@ class Examples:
 
     def receive(self, step: int, check: Callable[[], None]) -> tuple[list[Group], dict[str, float]] | None:
         check()
-        said = None if not self._ranks.first else _STOP if self._reporter.stop_requested.is_set() else _GO
+        said = None if not self._ranks.first else self._asked()
         if self._ranks.world_size > 1:
             said = self._ranks.broadcast(said)
-        if said == _STOP:
+        self.saves = said == _SAVE
+        if said != _GO:
             return None
         size = self._recipe.train.batch_groups
         places = range(step * size, (step + 1) * size)
@@ -143,6 +155,11 @@ class Examples:
                 "raise rollout.context_length, or train on shorter examples",
             )
         return fit, {"epoch": (step + 1) * size / len(self._source), "too_long": float(size - len(fit))}
+
+    def _asked(self) -> bytes:
+        if self._reporter.stop_requested.is_set():
+            return _STOP
+        return _SAVE if self._reporter.save_requested.is_set() else _GO
 
     def train(self, trainer: Trainer, groups: list[Group], step: int) -> StepResult:
         return train_on_examples(trainer, groups, step, self._targets)

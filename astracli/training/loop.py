@@ -64,6 +64,7 @@ def train(config: TrainerConfig, reporter: Reporter, ranks: Ranks) -> None:
     loop.start()
     while loop.step < config.recipe.train.steps:
         if not loop.advance():
+            loop.leave()
             return
     loop.finish()
 
@@ -128,6 +129,8 @@ class TrainLoop:
         )
         self.saver.kept = lambda: best.kept(RunDir(config.run_dir), self.recipe, self._pinned)
         self._pinned: set[int] = set()
+        self._saved = 0
+        """Step of the newest checkpoint, whole or begun."""
         table = self.recipe.weights
         self.publisher = Publisher(
             config.run_dir / "weights",
@@ -162,7 +165,7 @@ class TrainLoop:
             if found is None:
                 raise RunFailed(f"there is no whole checkpoint of step {resume} in `{self.checkpoints}`")
             checkpoint.load(found, masters, self.ranks)
-            self.step = resume
+            self.step = self._saved = resume
         elif (initial := self.config.initial) is not None:
             found = checkpoint.read(initial)
             if found is None:
@@ -307,6 +310,23 @@ class TrainLoop:
         if self.hub is not None and self.saver.whole is not None:
             self.hub.ack(self.step - 1, self.step, self.saver.whole)
 
+    def leave(self) -> None:
+        """The run ends before its last step. Was a checkpoint asked for, the state of now becomes one."""
+        if not self.source.saves or not self.recipe.checkpoint.every:
+            return
+        self._settle()
+        if self.step != self._saved:
+            if not self.time_sharing.begin(self.trainer):
+                return
+            self.saver.begin(self.step, self.trainer.masters)
+            self.time_sharing.end(self.trainer)
+        self.publisher.close()
+        self.reporter.waiting("the last checkpoint to be on disk" if self.saver.busy else None)
+        self.saver.wait()
+        self.ranks.barrier()
+        if self.hub is not None and self.saver.whole is not None:
+            self.hub.ack(self.step - 1, self.step, self.saver.whole)
+
     def _checkpoint_if_due(self, step: int, figures: dict[str, float]) -> None:
         """Begin a checkpoint; `checkpoint_s` is how long the step stands still for it."""
         if not self.recipe.checkpoint_due(step):
@@ -315,6 +335,7 @@ class TrainLoop:
         if self.saver.busy:
             self.reporter.waiting("the checkpoint before to be on disk")
         self.saver.begin(step, self.trainer.masters)
+        self._saved = step
         if not self.saver.beside:
             self.saver.wait()
             self.ranks.barrier()

@@ -41,7 +41,7 @@ class Hosts:
         self.urls = dict.fromkeys(self.names, f"http://127.0.0.1:{self.port}")
         """Where the agent of each looks for the hub."""
         named = ", ".join(f'"{name}"' for name in ("a", *self.names))
-        own = [f"launch.port={self.port}", f"launch.hosts=[{named}]"]
+        own = [f"launch.port={self.port}", f"launch.hosts=[{named}]", "ssh.by_hand=true"]
         self.attempt = Attempt(self.run, [*self.sets, *own], resume=self.resume)
 
     def address(self, host: str) -> str:

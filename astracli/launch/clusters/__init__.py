@@ -1,0 +1,1 @@
+"""Ways to have agents on other hosts: each is an entry point in the group `astra.clusters` (contract.py)."""

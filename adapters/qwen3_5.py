@@ -199,6 +199,7 @@ ADAPTER = ModelAdapter(
     engine_flags=engine_flags,
     attention_mask=lambda mask: None,
     install_varlen=layers.install_varlen,
+    shares_prompts=True,
     prepare_cpu=prepare_cpu,
     prepare_gpu=layers.prepare_gpu,
     keep_fp32=KEEP_FP32,

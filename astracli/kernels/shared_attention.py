@@ -99,8 +99,8 @@ class _Attention(torch.autograd.Function):
         if row.roots:
             theirs, lse_theirs = kernel.prompt(q[samples], k[prompts], v[prompts])
             both = torch.logaddexp(lse[samples], lse_theirs)
-            ours = out[samples].float() * (lse[samples] - both).exp()[..., None]
-            out[samples] = ours.add_(theirs.float() * (lse_theirs - both).exp()[..., None]).to(out.dtype)
+            ours = out[samples] * (lse[samples] - both).exp()[..., None]  # in the precision of lse
+            out[samples] = ours.addcmul_(theirs.to(both.dtype), (lse_theirs - both).exp()[..., None]).to(out.dtype)
             lse[samples] = both
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.kernel, ctx.around = kernel, around

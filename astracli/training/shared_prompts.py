@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 
@@ -54,37 +54,33 @@ class Together:
         return sum(map(len, self.rows)) - (len(self.rows) - 1) * once
 
 
-def groups(rows: Iterable[Row], most: int | None = None) -> list[Together]:
-    """The rows by group, in the order in which groups first occur; at most `most` rows together, in near-equal
-    numbers."""
+def groups(rows: Iterable[Row]) -> list[Together]:
+    """The rows by group, in the order in which groups first occur."""
     found: dict[int, list[Row]] = {}
     for row in rows:
         found.setdefault(id(row.group), []).append(row)
-    result = []
-    for own in found.values():
-        parts = 1 if most is None else -(-len(own) // most)
-        cuts = [len(own) * i // parts for i in range(parts + 1)]
-        result += [Together(tuple(own[a:b])) for a, b in pairwise(cuts)]
-    return result
+    return [Together(tuple(own)) for own in found.values()]
 
 
 def divide(rows: Sequence[Row], parts: int) -> list[list[Row]]:
-    """Parts of near-equal numbers of computed tokens: groups, the longest first, each to the emptiest part. Groups are
-    halved, and halved again, where that makes the largest part smaller, prompts included, or there are fewer of them
-    than parts."""
-    best: tuple[int, list[list[Row]]] | None = None
-    most = max((len(one.rows) for one in groups(rows)), default=1)
+    """Parts of near-equal numbers of computed tokens: groups, the longest first, each to the emptiest part. The largest
+    group is halved, and so on, while there are fewer pieces than parts, or the largest part gets smaller by it."""
+    pieces, best, since = groups(rows), None, 0
     while True:
-        units = groups(rows, most)
-        if len(units) >= parts or most == 1:
-            bins = packing.evenly(sorted(units, key=len, reverse=True), parts)
-            divided = [list(chain.from_iterable(unit.rows for unit in found)) for found in bins]
+        divisible = [piece for piece in pieces if len(piece.rows) > 1]
+        if len(pieces) >= parts or not divisible:
+            bins = packing.evenly(sorted(pieces, key=len, reverse=True), parts)
+            divided = [list(chain.from_iterable(piece.rows for piece in found)) for found in bins]
             largest = max(map(cost, divided))
-            if best is None or largest < best[0]:
-                best = largest, divided
-        if most == 1:
-            return best[1] if best is not None else []
-        most = (most + 1) // 2
+            since = 0 if best is None or largest < best[0] else since + 1
+            best = (largest, divided) if not since else best
+        if not divisible or since > parts:
+            assert best is not None
+            return best[1]
+        halved = max(divisible, key=len)
+        middle = (len(halved.rows) + 1) // 2
+        place = pieces.index(halved)
+        pieces[place : place + 1] = [Together(halved.rows[:middle]), Together(halved.rows[middle:])]
 
 
 def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:
@@ -95,18 +91,27 @@ def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: in
     return [pack(list(chain.from_iterable(unit.rows for unit in found)), pad_token) for found in divided]
 
 
+@dataclass(frozen=True)
+class _Behind:
+    """A sample with the last token of its prompt in front."""
+
+    row: Row
+
+    @property
+    def index(self) -> int:
+        return self.row.index
+
+    def __len__(self) -> int:
+        return len(self.row) - self.row.prompt_length + 1
+
+
 def _within(one: Together, most: int) -> list[Together]:
     """Parts of a group within the budget, as far as its single samples are."""
     if len(one) <= most:
         return [one]
-    parts: list[list[Row]] = []
-    for row in sorted(one.rows, key=lambda row: (-len(row), row.index)):
-        room = [part for part in parts if len(Together((*part, row))) <= most]
-        if room:
-            max(room, key=lambda part: len(Together(tuple(part)))).append(row)
-        else:
-            parts.append([row])
-    return [Together(tuple(part)) for part in parts]
+    room = most - one.rows[0].prompt_length + 1
+    parts = packing.divided([_Behind(row) for row in one.rows], room)
+    return [Together(tuple(behind.row for behind in part)) for part in parts]
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:

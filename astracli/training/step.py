@@ -121,7 +121,7 @@ class Trainer:
         assert not self.masters.away
         timer = Timer(self.ranks.device)
         batch = self.divide(groups, step)
-        self._switch(batch)
+        self.switch(packed=self.shares(batch))
         timer.lap("batch_s")
         metrics, first = self.check_rows(batch, step)
         timer.lap("check_s")
@@ -195,12 +195,12 @@ class Trainer:
         """Whether samples share prompts in this batch."""
         return self.share_above is not None and self._shared(batch.rows) is not None
 
-    def _switch(self, batch: Batch) -> None:
-        """Every model computes this batch's kind of rows."""
+    def switch(self, *, packed: bool) -> None:
+        """Where not every batch is packed: every model computes this kind of rows from here on."""
         if self.share_above is not None and not self.packed:
             policies = (self.policy, self.reference, self.teacher and self.teacher.policy)
             for policy in (found for found in policies if found is not None):
-                varlen.switch(policy.model, packed=self.shares(batch))
+                varlen.switch(policy.model, packed=packed)
 
     def forward(
         self, policy: PolicyModel, micro: MicroBatch, target_N: np.ndarray | None = None

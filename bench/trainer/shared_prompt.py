@@ -91,7 +91,7 @@ def trainers_of(args: Any, config: dict[str, Any], prompt: int, ranks: Ranks) ->
 def gradient(trainer: Trainer, groups: list[Group], step: int) -> dict[str, torch.Tensor]:
     """fp32, of one step's only minibatch."""
     batch = trainer.divide(groups, step)
-    trainer._switch(batch)
+    trainer.switch(packed=trainer.shares(batch))
     work = Work(batch, step, Timer(trainer.ranks.device))
     work.first_measured = True
     work.limits = trainer.algorithm.prepare(torch.zeros(0), torch.zeros(0), trainer.recipe.algorithm.own)

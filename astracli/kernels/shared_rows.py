@@ -279,8 +279,10 @@ class Ends:
         for a, b in list(pairwise(row.bounds))[begin:last]:
             ahead = np.arange(a, a + window)
             heads.append(np.where(ahead < b, ahead, -1))
-        both = (_Columns.of(np.concatenate(found), row.device) for found in (tails, heads))
-        return cls(window, *both, last - begin, max(0, roots - begin), last - max(begin, roots + samples))
+        back_to, ahead_to = (
+            _Columns.of(np.concatenate([np.zeros(0, np.int64), *found]), row.device) for found in (tails, heads)
+        )
+        return cls(window, back_to, ahead_to, last - begin, max(0, roots - begin), last - max(begin, roots + samples))
 
     def inputs(self, x: Tensor, row: SharedRow) -> Tensor:
         """[T, C] -> [segments, 2 x window, C]: what stands before each of these segments, then its first columns."""

@@ -72,7 +72,7 @@ def _probes(
     if adapter.install_varlen is not None or not adapter.hybrid:
         yield "packed row == separate", lambda: _packed(adapter, model)
     if adapter.shares_prompts:
-        yield "samples of a shared prompt == separate", lambda: _shared(adapter, model)
+        yield "shared prompt == separate", lambda: _shared(adapter, model)
 
 
 def _result(name: str, probe: Callable[[], tuple[bool, str]]) -> dict[str, str]:

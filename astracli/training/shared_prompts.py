@@ -164,15 +164,16 @@ def alone_in(rows: Sequence[Row], index: int, pad_token: int) -> tuple[MicroBatc
     return micro, slice(before, before + counts[index])
 
 
-def some(rows: Sequence[Row], chosen: Sequence[Row]) -> list[Row]:
-    """As many rows as are `chosen`, in which samples share prompts: half of them, each with another of its group."""
-    wanted = max(1, len(chosen) // 2)
-    found: dict[int, Row] = {}
-    for row in sorted(chosen, key=lambda row: -row.prompt_length)[:wanted]:
-        others = [other for other in rows if other.group is row.group and other is not row]
-        for each in (row, *sorted(others, key=lambda other: (len(other), other.index))[:1]):
-            found[each.index] = each
-    for row in chosen:
-        if len(found) < len(chosen):
-            found.setdefault(row.index, row)
-    return in_order(list(found.values()))
+def some(rows: Sequence[Row], chosen: Sequence[Row], tokens_per_microbatch: int) -> list[Row]:
+    """Rows for the check of rows in the place of `chosen`: pairs of samples that share a prompt, of two groups or more
+    where that is no more work."""
+    most = max(tokens_per_microbatch, sum(map(len, chosen)))
+    pairs: list[list[Row]] = []
+    for one in sorted(groups(rows), key=lambda one: (-one.rows[0].prompt_length, one.index)):
+        if one.shares:
+            pairs.append(sorted(one.rows, key=lambda row: (len(row), row.index))[:: len(one.rows) - 1][:2])
+    count = max(2, len(chosen) // 2)
+    spread = pairs[:: max(1, len(pairs) // count)][:count]
+    while len(spread) > 1 and sum(cost(pair) for pair in spread) > most:
+        spread.pop(0)
+    return in_order([row for pair in spread for row in pair])

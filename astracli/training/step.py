@@ -198,8 +198,9 @@ class Trainer:
     def switch(self, *, packed: bool) -> None:
         """Where not every batch is packed: every model computes this kind of rows from here on."""
         if self.share_above is not None and not self.packed:
-            policies = (self.policy, self.reference, self.teacher and self.teacher.policy)
-            for policy in (found for found in policies if found is not None):
+            policies = [self.policy, *([self.reference] if self.reference is not None else [])]
+            policies += [self.teacher.policy] if self.teacher is not None else []
+            for policy in policies:
                 varlen.switch(policy.model, packed=packed)
 
     def forward(
@@ -223,7 +224,7 @@ class Trainer:
         chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
         checked = self.row_check
         if self.shares(batch):
-            chosen = shared_prompts.some(batch.rows, chosen)
+            chosen = shared_prompts.some(batch.rows, chosen, self.recipe.train.tokens_per_microbatch)
             checked = replace(checked, shared=True)
         in_bf16 = self.ranks.device.type != "cpu"
         found = checked.logprob_figures(chosen, in_bf16=in_bf16)

@@ -58,6 +58,12 @@ def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Pat
     assert (trainer.resume_step, trainer.role, trainer.attention) == (4, Role.TRAINER, "sdpa")
 
 
+def test_an_engine_held_to_a_part_of_its_card_reserves_of_that_part(tmp_path: Path) -> None:
+    context = context_of(tiny(), tmp_path)
+    held = replace(context, plan=replace(context.plan, gpu_share=0.25))
+    assert load_config(["w", specs_of(held)["engine0"].argv[-1]], EngineConfig).mem_fraction_static == 0.8 * 0.25
+
+
 def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "intranet")
     recipe = tiny(resources__train_ranks=2, resources__threads__trainer=3)

@@ -146,13 +146,14 @@ def _elsewhere(recipe: Recipe, site: Site) -> dict[str, Any]:
 
 def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
     plan, recipe = context.plan, context.recipe
+    fraction = plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe)
     return EngineConfig(
         **own,
         device=plan.choice.device,
         published=context.training,
         await_weights=context.resume_step is not None,
         time_sharing=process.name in plan.gpu_leases,
-        mem_fraction_static=plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe),
+        mem_fraction_static=fraction * plan.gpu_share,
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
         linear_attention=plan.choice.linear_attention,

@@ -419,14 +419,14 @@ def test_who_shares() -> None:
         tables["train"] = {"share_prompts": "auto"} | tables.get("train", {})
         return backend.sharing(recipe(**tables), adapter, device, config)
 
-    assert of().above == 0.3 and of("cuda").above == 0.14 and "a tenth of a step" in of().reason
+    assert of().above == 0.35 and of("cuda").above == 0.14 and "a tenth of a step" in of().reason
     assert of(train=SHARES).above == 0.0 and of(train={"share_prompts": False}).above is None
     generic, foreign = registry.get("generic"), replace(ADAPTER, shares_prompts=False)
     assert "does not say that its attention allows it" in of(adapter=generic).reason
     assert of(adapter=generic).above is None and of(adapter=generic, train=SHARES).above == 0.0
     window = {"sliding_window": 32}
     assert "sliding window of 32" in of(adapter=registry.get("llama"), config=window).reason
-    assert of(adapter=registry.get("qwen2"), config=window | {"use_sliding_window": False}).above == 0.3
+    assert of(adapter=registry.get("qwen2"), config=window | {"use_sliding_window": False}).above == 0.35
     for word, tables in {
         "packing = padded": {"train": {"packing": "padded"}},
         "attention = eager": {"train": {"attention": "eager"}},

@@ -12,7 +12,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Recomputed = Literal["none", "selective", "full"]
 """What a backward pass computes again of the blocks' forward passes."""
-SHARE_ABOVE = {"cpu": 0.3, "cuda": 0.14}
+SHARE_ABOVE = {"cpu": 0.35, "cuda": 0.14}
 """Of `train.share_prompts = auto`, by device: the part of a batch's tokens above which leaving them out saves more than
 a tenth of a step (docs/benchmarks.md, "Prompts forwarded once")."""
 RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astracli.kernels import shared_ends
 from astracli.kernels.cpu import delta_state
 from astracli.kernels.cpu.delta_rule import conv_silu
 from astracli.kernels.gpu import fused
@@ -34,7 +35,7 @@ def convolution(
         out = kernel(mixed, taps_CJ, bias_C, activation="silu")[0]
     else:
         out = conv_silu(mixed.transpose(1, 2), taps_CJ, bias_C).transpose(1, 2)
-    ends = row.ends(window, kernel is None)
+    ends = shared_ends.ends(row, window, kernel is None)
     if not window or not ends.segments:
         return out
     seen = ends.inputs(mixed[0], row).float()

@@ -89,6 +89,8 @@ def main() -> None:
         engine_path={str: "PYTHONPATH of the environment with SGLang"}, set="changes the recipe",
     )  # fmt: skip
     args = parser.parse_args()
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with folder(args.folder) as place:
         (place / "even_tokens.py").write_text(REWARD)
         run = place / "run"

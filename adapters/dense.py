@@ -40,6 +40,7 @@ def dense_adapter(
         prepare_gpu=prepare_gpu,
         shapes=shapes,
         lora_targets=DENSE_PROJECTIONS,
+        shares_prompts=True,
         tiny_config=tiny_config,
         **own,
     )

@@ -205,6 +205,7 @@ ADAPTER = ModelAdapter(
     engine_flags=engine_flags,
     attention_mask=lambda mask: None,
     install_varlen=layers.install_varlen,
+    shares_prompts=True,
     prepare_cpu=prepare_cpu,
     decoding=decoding,
     prepare_gpu=layers.prepare_gpu,

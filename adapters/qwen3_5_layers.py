@@ -24,7 +24,7 @@ _DISPATCHED = (
     "torch_recurrent_gated_delta_rule",
 )
 
-_BOUNDARIES = ("cu_seqlens", "cu_seqlens_host", "carry_state")
+_BOUNDARIES = ("cu_seqlens", "cu_seqlens_host", "carry_state", "shared_prompts")
 
 
 def delta_net_modules(model: Any) -> list[Any]:
@@ -98,10 +98,12 @@ def delta_net(
     max_seqlen: int | None = None,
     cu_seqlens_host: tuple[int, ...] | None = None,
     carry_state: bool = False,
+    shared_prompts: Any = None,
     **kwargs: Any,
 ) -> Any:
     """[B, T, hidden] -> [B, T, hidden]; with `cu_seqlens` (int32 [S + 1]) B is 1 and every segment starts from zeros,
-    unless `carry_state` (an ablation) treats the row as one segment.
+    unless `carry_state` (an ablation) treats the row as one segment. With `shared_prompts` (a `SharedRow`) samples go
+    on from their prompt.
 
     What training never asks for (a cache, `cache_params` until transformers 5.23; a mask) goes to transformers' own
     forward, `plain`, and so does an ordinary row on a CPU without `all_rows`. Raises ValueError when the boundaries do
@@ -109,6 +111,7 @@ def delta_net(
     """
     import torch
 
+    from astracli.adapters import qwen3_5_shared as shared
     from astracli.kernels.cpu.delta_rule import conv_silu
     from astracli.kernels.gpu import fused
     from astracli.kernels.varlen import segments
@@ -116,7 +119,7 @@ def delta_net(
 
     if told := getattr(module, "boundaries", None):
         cu_seqlens, cu_seqlens_host = told.get("cu_seqlens"), told.get("cu_seqlens_host")
-        carry_state = told.get("carry_state", False)
+        carry_state, shared_prompts = told.get("carry_state", False), told.get("shared_prompts")
     if carry_state:
         cu_seqlens = cu_seqlens_host = None
     kernels = fused.fla() if hidden_states.is_cuda else None
@@ -138,8 +141,11 @@ def delta_net(
     if kernels and cu_seqlens is not None and cu_seqlens_host:
         known = fused.chunks(cu_seqlens_host, hidden_states.device)
     taps, bias = module.conv1d.weight.squeeze(1), module.conv1d.bias
-    if kernels is not None:
-        mixed = kernels.conv(mixed, taps, bias, activation="silu", cu_seqlens=cu_seqlens, **known)[0]
+    conv = partial(kernels.conv, cu_seqlens=cu_seqlens, **known) if kernels is not None else None
+    if shared_prompts is not None:
+        mixed = shared.convolution(mixed, taps, bias, shared_prompts, conv)
+    elif conv is not None:
+        mixed = conv(mixed, taps, bias, activation="silu")[0]
     else:
         turned = mixed.transpose(1, 2)
         convolved = [conv_silu(turned[:, :, a:b], taps, bias) for a, b in bounds]
@@ -149,7 +155,14 @@ def delta_net(
     decay = decay + module.dt_bias.float()  # in fp32
     g = -module.A_log.float().exp() * torch.nn.functional.softplus(decay)
     gate = gate.reshape(rows, tokens, -1, module.head_v_dim)
-    if kernels is None or by_torch:
+    if shared_prompts is not None:
+        each = {"q": query, "k": key, "v": value, "g": g, "beta": beta}
+        out = (
+            shared.rule_by_torch(each, shared_prompts)
+            if by_torch
+            else shared.rule_by_fla(each, shared_prompts, kernels)
+        )
+    elif kernels is None or by_torch:
         rule = partial(torch_rule(), use_qk_l2norm_in_kernel=True)
         parts = [tuple(x[:, a:b] for x in (query, key, value, g, beta)) for a, b in bounds]
         out = torch.cat([rule(q, k, v, g=g_, beta=beta_)[0] for q, k, v, g_, beta_ in parts], dim=1)

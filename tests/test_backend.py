@@ -65,6 +65,7 @@ def test_cpu() -> None:
         "serving linear attention",
         "trainer attention",
         "micro-batches",
+        "shared prompts",
         "delta rule, forward",
         "delta rule, backward",
         "environment",
@@ -163,7 +164,7 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert (choice.linear_attention, choice.trainer_attention) == (linear, "sdpa")
         assert choice.reasons[-1].what == "environment"
         assert choice.reasons[-1].choice == " ".join(f"{name}={value}" for name, value in choice.env.items())
-        assert len(choice.reasons) == 9 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
+        assert len(choice.reasons) == 10 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
             lowest = machine.validate(document).capability or (0, 0)
             allowed, refused = attention.serving_options(adapter, lowest)

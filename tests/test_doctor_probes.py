@@ -42,7 +42,8 @@ def test_every_probe_of_the_tiny_recipe_passes_here() -> None:
     assert set(found) == {
         "imports", "qwen3_5: load", "qwen3_5: block classes", "qwen3_5: wire names", "qwen3_5: parameter count",
         "qwen3_5: output head",
-        "qwen3_5: padded rows == separate", "qwen3_5: packed row == separate", "delta rule, forward",
+        "qwen3_5: padded rows == separate", "qwen3_5: packed row == separate", "qwen3_5: shared prompt == separate",
+        "delta rule, forward",
         "delta rule, backward", "attention sdpa", "engine == trainer", "memory copy", "loopback",
     }  # fmt: skip
     assert found["imports"].value == "torch, transformers, math-verify"

@@ -126,7 +126,7 @@ def test_the_estimate_orders_what_was_measured_on_80_gb() -> None:
     [
         (141, Split("gpu", 0.0, "none")),
         (86, Split("host", 0.5, "none")),
-        (79.6, Split("host", 0.65, "none")),
+        (79.6, Split("host", 0.7, "none")),
         (60, Split("host", 0.8, "selective")),
         (44, Split("host", 1.0, "full")),
     ],
@@ -165,7 +165,7 @@ def test_a_host_that_is_too_small_has_its_say() -> None:
     def on(host_gib: float) -> LaunchPlan:
         return planned(load(NAME, *ONE_EACH), facts("9.0", 2, memory_gib=79.6, host_gib=host_gib))
 
-    for host_gib, split in ((47, Split("host", 0.65, "none")), (40, Split("host", 0.2, "selective")),
+    for host_gib, split in ((48, Split("host", 0.7, "none")), (40, Split("host", 0.2, "selective")),
                             (18, Split("gpu", 0.0, "full"))):  # fmt: skip
         result = on(host_gib)
         plan.refuse(result)
@@ -200,7 +200,7 @@ def test_four_gpus_share_what_one_had_to_move() -> None:
 
 def test_a_slow_link_makes_computing_again_the_cheaper_way() -> None:
     asked = load(NAME, *ONE_EACH, "algorithm.kl_coef=0")
-    for link, split in ((100e9, (0.65, "none")), (20e9, (0.2, "selective")), (1e9, (0.0, "full"))):
+    for link, split in ((100e9, (0.7, "none")), (20e9, (0.2, "selective")), (1e9, (0.0, "full"))):
         gpus = Gpus({GpuId(0): int(79.6 * GIB)}, trainer=[GpuId(0)], pace=Pace(400e12, link))
         assert place(asked, SHAPE, gpus).split == Split("gpu", *split)
 

@@ -30,7 +30,14 @@ def recipe(**tables: dict[str, Any]) -> Recipe:
         "model": {"path": "unused"},
         "data": {"source": "arithmetic"},
         "rollout": {"group_size": 4, "max_new_tokens": 16, "context_length": 64},
-        "train": {"steps": 10, "batch_groups": 4, "minibatches": 2, "tokens_per_microbatch": 64, "learning_rate": 1e-3},
+        "train": {
+            "steps": 10,
+            "batch_groups": 4,
+            "minibatches": 2,
+            "tokens_per_microbatch": 64,
+            "learning_rate": 1e-3,
+            "share_prompts": False,  # test_shared_prompts.py has the others
+        },
         "algorithm": {"name": "m2po"},
     }
     for name, values in tables.items():

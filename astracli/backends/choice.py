@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from astracli.backends import delta_rule
 from astracli.config.recipe import Recipe
+from astracli.config.recipe_train import SHARE_ABOVE
 from astracli.engines import registry as engines
 from astracli.engines.contract import ASKED, Case, known
 from astracli.errors import UserError
 from astracli.machine.facts import Machine
 from astracli.models.adapter import ModelAdapter
+from astracli.models.preflight import text_config
 
 TRAINER: dict[str, tuple[tuple[str, ...], str | None]] = {
     "sdpa": (("cpu", "cuda"), None),
@@ -75,6 +77,7 @@ def choose(
     trainer, why_trainer = _trainer(facts, recipe, device)
     gdn, why_gdn, warning = delta_rule.choose(adapter, facts, device, case.capability)
     layout, why_layout = packing(recipe, adapter, device)
+    shared = sharing(recipe, adapter, device, None if config is None else text_config(config))
     env = {**({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}), **serving.env}
     why_env = ["no process looks for a GPU" if device == "cpu" else "", serving.env_reason]
     told = " ".join(f"{name}={value}" for name, value in env.items()) or "as it is"
@@ -85,6 +88,7 @@ def choose(
         Backend("serving linear attention", *serving.linear_attention),
         Backend("trainer attention", trainer, why_trainer),
         Backend("micro-batches", layout, why_layout),
+        Backend("shared prompts", shared.words, shared.reason),
         Backend("delta rule, forward", gdn, why_gdn),
         Backend("delta rule, backward", gdn, why_gdn),
         Backend("environment", told, "; ".join(filter(None, why_env)) or "nothing has to be set"),
@@ -141,6 +145,70 @@ def _trainer(facts: Machine, recipe: Recipe, device: str) -> tuple[str, str]:
             f"`pip install {package}`, or `--set train.attention=auto`",
         )
     return asked, ASKED
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether samples of a group share its prompt in the trainer."""
+
+    above: float | None
+    """In batches where that leaves out more than this part of the tokens; None: never."""
+    reason: str
+
+    @property
+    def words(self) -> str:
+        return "no" if self.above is None else "yes" if self.above == 0.0 else f"where it saves over {self.above:.0%}"
+
+
+def sharing(recipe: Recipe, adapter: ModelAdapter, device: str, config: Mapping[str, Any] | None = None) -> Sharing:
+    """What `train.share_prompts` comes to. `config`: the text model's config.json, None where it is not known. Raises
+    UserError when a recipe asks for what cannot be."""
+    asked, obstacle, doubt = recipe.train.share_prompts, _unshareable(recipe, adapter), _doubt(recipe, adapter, config)
+    if asked is False:
+        return Sharing(None, "the recipe says train.share_prompts = false")
+    if asked is True and obstacle is not None:
+        raise UserError(f"train.share_prompts = true: {obstacle}", "use `--set train.share_prompts=auto`")
+    if asked is True:
+        return Sharing(0.0, "the recipe asks for it")
+    if (why := obstacle or doubt) is not None:
+        return Sharing(None, why)
+    above = SHARE_ABOVE[device]
+    words = f"a group's prompt is computed once in a batch where that leaves out over {above:.0%} of the tokens"
+    return Sharing(above, f"{words}: it then saves more than a tenth of a step")
+
+
+def _unshareable(recipe: Recipe, adapter: ModelAdapter) -> str | None:
+    """Why no prompt can be shared; None when it can."""
+    train = recipe.train
+    if recipe.sft is not None:
+        return "in supervised training every example has a prompt of its own"
+    if recipe.rollout.group_size == 1:
+        return "rollout.group_size = 1: a group has one sample"
+    if train.packing == "padded":
+        return "train.packing = padded gives every sample a row of its own"
+    if train.row_boundaries == "ignored":
+        return "train.row_boundaries = ignored lets state run over boundaries"
+    if train.attention not in PACKS:
+        return f"train.attention = {train.attention} does not know the boundaries of a packed row"
+    if adapter.hybrid and not adapter.shares_prompts:
+        return f"adapter `{adapter.name}` cannot take its recurrent state on from a prompt (shares_prompts)"
+    return None
+
+
+def _doubt(recipe: Recipe, adapter: ModelAdapter, config: Mapping[str, Any] | None) -> str | None:
+    """Why `auto` shares no prompts although they could be; None when it does."""
+    if not adapter.shares_prompts:
+        return (
+            f"adapter `{adapter.name}` does not say that its attention allows it (shares_prompts); "
+            "`true` tries, and the check at the start proves it"
+        )
+    told = config or {}
+    window = told.get("sliding_window") if told.get("use_sliding_window", True) else None
+    if window is not None and window < recipe.rollout.context_length:
+        return (
+            f"the model's sliding window of {window} tokens is shorter than a row may be, and slow with shared prompts"
+        )
+    return None
 
 
 def packing(recipe: Recipe, adapter: ModelAdapter, device: str) -> tuple[str, str]:

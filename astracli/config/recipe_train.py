@@ -12,6 +12,9 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Recomputed = Literal["none", "selective", "full"]
 """What a backward pass computes again of the blocks' forward passes."""
+SHARE_ABOVE = {"cpu": 0.35, "cuda": 0.45}
+"""Of `train.share_prompts = auto`, by device: the part of a batch's tokens above which leaving them out saves more than
+a tenth of a step (docs/benchmarks.md, "Prompts forwarded once")."""
 RECOMPUTED_BLOCKS: dict[Recomputed, int] = {"full": 1, "selective": 2}
 """Mode of `train.activation_checkpointing` -> every how many-th block the backward pass computes again."""
 Sharding = Literal["optimizer", "gradients", "parameters", "full"]
@@ -30,6 +33,13 @@ class TrainTable(Table):
     packing: Literal["auto", "packed", "padded"] = "auto"
     """How a micro-batch holds its samples. `packed`: one row without padding; a check at the start proves that nothing
     leaks from one sample into another. `padded`: one row per sample. `auto`: packed on a GPU, padded on a CPU."""
+    share_prompts: bool | Literal["auto"] = "auto"
+    """Compute the prompt of a group once in a packed row, and let its samples go on from it: attention sees the
+    prompt's keys and values, recurrent layers begin with the state at its end. The gradient is that of separate rows,
+    and the check at the start proves it. Groups then stay together, in a minibatch and on a rank too, where that is
+    less work. `auto`: in every batch where it saves more than a tenth of a step, by the lengths of its rows; not where
+    the adapter or another setting does not allow it, and the plan says why. `true`: in every batch. `false`: never;
+    rows and minibatches are then divided as they are without this setting."""
     row_boundaries: Literal["reset", "ignored"] = "reset"
     """`ignored` is only for an ablation, and its results are wrong: in packed rows of a hybrid, the recurrent and
     convolution states run on from one sample into the next, as they do if these layers do not know the boundaries

@@ -10,8 +10,8 @@ Shape letters: B rows, S segments, T tokens of a row, H query heads, G key and v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from astracli.errors import RunFailed
+from astracli.kernels import shared_attention
+from astracli.kernels.shared_rows import SharedRow
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 
@@ -35,9 +37,16 @@ def install(model: Any, adapter: ModelAdapter) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
+    model.config.astra_plain_attention = model.config._attn_implementation
     model.config._attn_implementation = NAME
     if adapter.install_varlen is not None:
         adapter.install_varlen(model)
+
+
+def switch(model: Any, *, packed: bool) -> None:
+    """Where not every batch is packed: between two batches, whether the next one is. A batch of padded rows is computed
+    as if nothing had been installed, bit for bit."""
+    model.config._attn_implementation = NAME if packed else model.config.astra_plain_attention
 
 
 _in_one_order = False
@@ -80,6 +89,22 @@ def ordered(out: Tensor) -> Tensor:
     return out
 
 
+def _one_launch() -> Callable[[], AbstractContextManager[Any]]:
+    """What `ordered` does, for a backward pass that launches its kernels itself."""
+    asked = _in_one_order
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        mode = _mode()
+        _set_mode((True, False))
+        try:
+            yield
+        finally:
+            _set_mode(mode)
+
+    return around if asked else nullcontext
+
+
 def carry_state(model: torch.nn.Module) -> None:
     """For an ablation: the recurrent layers of a model that `install` made exact carry state over boundaries again."""
 
@@ -90,9 +115,12 @@ def carry_state(model: torch.nn.Module) -> None:
     base.register_forward_pre_hook(forget, with_kwargs=True)
 
 
-def boundaries(bounds_S1: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of a model's forward for one packed row."""
+def boundaries(bounds_S1: np.ndarray, device: torch.device, parents_S: np.ndarray | None = None) -> dict[str, Any]:
+    """Keyword arguments of a model's forward for one packed row. `parents_S`: of each segment, the one that it goes on
+    from, -1 for none."""
+    shared = {} if parents_S is None else {"shared_prompts": SharedRow.of(bounds_S1, parents_S, device)}
     return {
+        **shared,
         "cu_seqlens": upload(bounds_S1.astype(np.int32), device),
         "max_seqlen": int(np.diff(bounds_S1).max()),
         "cu_seqlens_host": tuple(bounds_S1.tolist()),
@@ -127,11 +155,13 @@ def attention(
     max_seqlen: int | None = None,
     cu_seqlens_host: Sequence[int] | None = None,
     sliding_window: int | None = None,
+    shared_prompts: SharedRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside every segment: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D].
 
-    Without `cu_seqlens` a row is one segment. Raises RunFailed for a form of attention that it does not compute.
+    With `shared_prompts` samples also see their prompt, which is a segment before them. Without `cu_seqlens` a row is
+    one segment. Raises RunFailed for a form of attention that it does not compute.
     """
     odd = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     causal = kwargs.get("is_causal")
@@ -146,7 +176,18 @@ def attention(
         return causal_attention(query, key, value, scale, sliding_window).transpose(1, 2), None
     if query.shape[0] != 1:
         raise ValueError(f"cu_seqlens with {query.shape[0]} rows; a packed row is one")
-    if query.is_cuda and key.shape[-1] == value.shape[-1] and flash_runs(query.device, query.dtype, query.shape[-1]):
+    same_size = key.shape[-1] == value.shape[-1]
+    flash = query.is_cuda and same_size and flash_runs(query.device, query.dtype, query.shape[-1])
+    if shared_prompts is not None:
+        assert max_seqlen is not None
+        told: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "longest": max_seqlen,
+            "flash": flash,
+            "around": _one_launch(),
+        }
+        return shared_attention.attention(query, key, value, shared_prompts, scale, sliding_window, **told), None
+    if flash:
         assert max_seqlen is not None
         return _flash(query, key, value, cu_seqlens, max_seqlen, scale, sliding_window), None
     parts = [

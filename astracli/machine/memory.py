@@ -57,6 +57,7 @@ class Component(Enum):
     GATHERED_WHOLE = "weights, gathered for a minibatch (bf16)"
     ROUNDED_WEIGHTS = "rounded weights of the forward (fp32)"
     ACTIVATIONS = "activations"
+    PROMPT_STATES = "recurrent states from which samples of a shared prompt begin (fp32)"
     BACKWARD = "backward pass of the head or a block"
     LOGITS = "logits of a chunk (fp32)"
     PUBLISHED = "published weights, last version and the next"

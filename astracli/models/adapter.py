@@ -122,6 +122,10 @@ class ModelAdapter:
     """Make a loaded model's recurrent layers exact on packed rows: they get `cu_seqlens` (int32 [segments + 1], on the
     device), `max_seqlen` (int) and `cu_seqlens_host` (`cu_seqlens` as ints) and reset every state at a boundary;
     attention does so by itself (`kernels/varlen.py`). None = not needed; a hybrid without it trains on padded rows."""
+    shares_prompts: bool = False
+    """In a packed row, samples of a group can go on from its prompt: the layers also take `shared_prompts`
+    (`kernels/shared_rows.py`). Attention does so by itself; recurrent layers begin with the state at the end of the
+    prompt. False: a hybrid never shares, another model only when the recipe asks for it."""
     prepare_cpu: Callable[[Any], None] | None = None
     """Make a loaded model safe and quick on a CPU (for example: never pick a GPU kernel); None = nothing to do."""
     decoding: Callable[[Any], Decoding | None] | None = None

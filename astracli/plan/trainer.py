@@ -18,7 +18,7 @@ from math import ceil
 from astracli.config.recipe_train import RECOMPUTED_BLOCKS, Recomputed
 from astracli.machine.memory import CUDA_CONTEXT, TORCH_PROCESS, Basis, Component, MemoryRow
 from astracli.models.adapter import MemoryShape
-from astracli.plan.cost import TrainerLoad
+from astracli.plan.cost import TYPICAL, TrainerLoad
 from astracli.process.layout import (
     BUCKET_BYTES,
     BUCKETS_IN_FLIGHT,
@@ -70,6 +70,7 @@ def trainer_rows(
     known: Basis = "counted" if shape.block_activations else "estimated"  # an adapter counts them from autograd
     rows += [
         MemoryRow(name, Component.ACTIVATIONS, "gpu", kept, known),
+        *_prompt_states(name, load, "gpu", recomputed(load.recipe, split)),
         MemoryRow(name, Component.BACKWARD, "gpu", peak, "estimated"),
     ]
     if load.recipe.weights.transfer == "adapter":  # the first version and others in full, straight to the host
@@ -168,6 +169,7 @@ def _on_cpu(name: str, load: TrainerLoad, split: Split) -> list[MemoryRow]:
     return [
         *(MemoryRow(name, component, "host", size) for component, size in sizes.items()),
         MemoryRow(name, Component.ACTIVATIONS, "host", activations, "estimated", fixed=False),
+        *_prompt_states(name, load, "host", recomputed(load.recipe, RESIDENT)),
         *_checkpoint_copy_and_process(name, load, split),
     ]
 
@@ -191,6 +193,18 @@ def _tokens(load: TrainerLoad) -> int:
     context, train = load.recipe.rollout.context_length, load.recipe.train
     step = ceil(load.recipe.batch_sequences / train.minibatches) * context
     return min(max(train.tokens_per_microbatch, context), step)
+
+
+def _prompt_states(name: str, load: TrainerLoad, where: Where, mode: Recomputed) -> list[MemoryRow]:
+    """Where prompts are shared, autograd keeps the state with which each sample of a micro-batch begins in every
+    recurrent layer that is not computed again (of those that are, one at a time)."""
+    state, recipe = load.shape.state_bytes_per_sequence, load.recipe
+    if not state or recipe.sft is not None or recipe.train.share_prompts is False or recipe.rollout.group_size == 1:
+        return []
+    samples = min(ceil(_tokens(load) / (TYPICAL * recipe.rollout.context_length)), recipe.batch_sequences)
+    kept = {"none": 1.0, "selective": 0.5, "full": 1.0 / max(load.shape.layers, 1)}[mode]
+    size = ceil(samples * state * kept)
+    return [MemoryRow(name, Component.PROMPT_STATES, where, size, "estimated", fixed=where == "gpu")]
 
 
 @lru_cache  # a plan that looks for settings that fit tries some thousand splits

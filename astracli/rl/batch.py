@@ -18,6 +18,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,6 +87,9 @@ class MicroBatch:
     """int64: flat position (row * L + column) of the hidden state that predicts the token"""
     bounds_S1: np.ndarray | None = None
     """int64 [S + 1]: segment s of a packed row [1, T] is columns bounds[s] to bounds[s + 1]; None = padded rows"""
+    parents_S: np.ndarray | None = None
+    """int64 [S]: the segment that this one goes on from, a prompt that stands once for several samples
+    (`training/shared_prompts.py`); -1 = it begins by itself. None = all do"""
 
     @property
     def target_N(self) -> np.ndarray:
@@ -236,8 +240,19 @@ def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: in
     return result
 
 
+Parts = Callable[[Sequence[Row], int], list[list[Row]]]
+"""(rows, how many) -> as many parts: minibatches, or the shares of ranks"""
 Divide = Callable[[Sequence[Row], int, int], list[MicroBatch]]
 """(rows, tokens per micro-batch, pad token) -> micro-batches"""
+
+
+class Division(NamedTuple):
+    """How the rows of a batch are divided."""
+
+    parts: Parts
+    micro_batches: Divide
+
+
 Join = Callable[[list[Row], int], MicroBatch]
 """(rows, pad token) -> one micro-batch of them all"""
 
@@ -269,8 +284,10 @@ def build_batch(
     rank: int = 0,
     world_size: int = 1,
     divide_rows: Divide = micro_batches,
+    instead: Callable[[Sequence[Row]], Division | None] | None = None,
 ) -> Batch:
-    """The batch of `step`, the same for the same (groups, seed, step) in whatever order the groups come.
+    """The batch of `step`, the same for the same (groups, seed, step) in whatever order the groups come. `instead`:
+    what it gives for the rows of the batch divides them, if it gives any.
 
     Raises ValueError when no sample holds a token.
     """
@@ -287,6 +304,7 @@ def build_batch(
         rank=rank,
         world_size=world_size,
         divide_rows=divide_rows,
+        instead=instead,
     )
 
 
@@ -300,17 +318,17 @@ def arranged(
     rank: int = 0,
     world_size: int = 1,
     divide_rows: Divide = micro_batches,
+    instead: Callable[[Sequence[Row]], Division | None] | None = None,
 ) -> Batch:
     """The rows of `step` in minibatches and micro-batches, of which this rank gets its share."""
+    parted, joined = (instead(rows) if instead is not None else None) or Division(divide, divide_rows)
     shuffled = list(rows)
     random.Random(f"{recipe.seed}:{step}").shuffle(shuffled)
     mine: list[list[MicroBatch]] = []
     tokens: list[int] = []
-    parts = divide(shuffled, min(recipe.train.minibatches, len(rows)))
+    parts = parted(shuffled, min(recipe.train.minibatches, len(rows)))
     for part in parts:
-        shares = [
-            divide_rows(share, recipe.train.tokens_per_microbatch, pad_token) for share in divide(part, world_size)
-        ]
+        shares = [joined(share, recipe.train.tokens_per_microbatch, pad_token) for share in parted(part, world_size)]
         padding = max(map(len, shares)) - len(shares[rank])
         mine.append(shares[rank] + [empty_micro_batch(pad_token) for _ in range(padding)])
         tokens.append(sum(row.loss_tokens for row in part))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def _probes(
     yield "padded rows == separate", lambda: _padded(adapter, model)
     if adapter.install_varlen is not None or not adapter.hybrid:
         yield "packed row == separate", lambda: _packed(adapter, model)
+    if adapter.shares_prompts:
+        yield "shared prompt == separate", lambda: _shared(adapter, model)
 
 
 def _result(name: str, probe: Callable[[], tuple[bool, str]]) -> dict[str, str]:
@@ -150,6 +153,21 @@ def _packed(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
     with torch.no_grad():
         packed = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False, **options)
     return _close(list(packed.logits[0].split(list(LENGTHS))), alone)
+
+
+def _shared(adapter: ModelAdapter, model: Any) -> tuple[bool, str]:
+    """The first of the sequences is a prompt; the others go on from it, and from its last token."""
+    prompt, *answers = _rows(model)
+    alone = _alone(model, [torch.cat([prompt, answer]) for answer in answers])
+    varlen.install(model, adapter)
+    parts = [prompt[:-1], *(torch.cat([prompt[-1:], answer]) for answer in answers)]
+    bounds, parents = np.cumsum([0, *map(len, parts)]), np.array([-1] + [0] * len(answers))
+    positions = torch.from_numpy(packing.positions(bounds, parents))[None].to(model.device)
+    options = varlen.boundaries(bounds, model.device, parents)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat(parts)[None], position_ids=positions, use_cache=False, **options).logits[0]
+    found = [logits[a:b] for a, b in pairwise(bounds[1:])]
+    return _close(found, [whole[len(prompt) - 1 :] for whole in alone])
 
 
 def _close(found: list[Any], alone: list[Any]) -> tuple[bool, str]:

@@ -26,7 +26,7 @@ from astracli.kernels import varlen
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
-from astracli.training import packing
+from astracli.training import packing, shared_prompts
 from astracli.training.agreement import TIMES_NOISE
 from astracli.training.logprob import PolicyModel
 from astracli.training.optimizer import Masters
@@ -69,8 +69,8 @@ def logprobs(
     predict_N, chosen_N = (upload(x, device) for x in (micro.predict_N, wanted_N))
     tokens_BL = upload(micro.tokens_BL, device)
     if micro.bounds_S1 is not None:
-        positions_1T = upload(packing.positions(micro.bounds_S1)[None], device)
-        boundaries = varlen.boundaries(micro.bounds_S1, device)
+        positions_1T = upload(packing.positions(micro.bounds_S1, micro.parents_S)[None], device)
+        boundaries = varlen.boundaries(micro.bounds_S1, device, micro.parents_S)
         return policy(tokens_BL, None, positions_1T, predict_N, chosen_N, **boundaries)
     mask = upload(micro.mask_BL, device)
     position_ids = adapter.position_ids(mask) if adapter.position_ids else None
@@ -147,6 +147,8 @@ class RowCheck:
     masters: Masters
     packed: bool = False
     pad_token: int = 0
+    shared: bool = False
+    """The rows stand in the order of `shared_prompts.in_order`, and joined, samples share their group's prompt."""
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +156,7 @@ class RowCheck:
 
     @property
     def _join(self) -> Join:
-        return packing.pack_rows if self.packed else pad_rows
+        return shared_prompts.pack if self.shared else packing.pack_rows if self.packed else pad_rows
 
     def logprobs(self, micro: MicroBatch) -> torch.Tensor:
         """fp32 [N]"""
@@ -187,6 +189,8 @@ class RowCheck:
         return found
 
     def _in_one_shape(self, rows: Sequence[Row]) -> Iterator[Pass]:
+        if self.shared:
+            return (shared_prompts.alone_in(rows, i, self.pad_token) for i in range(len(rows)))
         return (in_the_shape_of_all(rows, i, join=self._join, pad_token=self.pad_token) for i in range(len(rows)))
 
     def gradient_error(self, rows: Sequence[Row], *, same_shape: bool) -> float:
@@ -310,10 +314,16 @@ class RowCheck:
         if not wrong:
             return
         joined = "packed in one row" if self.packed else "padded together"
+        joined = "that share a prompt" if self.shared else joined
         why = f"adapter `{self.adapter.name}` gives this model a wrong attention mask; run `astra doctor`"
         if self.packed:
             why = f"adapter `{self.adapter.name}` loses the boundaries of a packed row; "
             why += "`--set train.packing=padded` trains on"
+        if self.shared:
+            why = (
+                f"adapter `{self.adapter.name}` does not take a sample on from its prompt as a row of its own goes on; "
+            )
+            why += "`--set train.share_prompts=false` trains on"
         raise RunFailed(
             f"rows {joined} differ from separate rows by {found[wrong[0]]:.2e} in {WORDS[wrong[0]]}, "
             f"allowed {limits[wrong[0]]:.1e}: state leaks between positions or rows",

@@ -63,15 +63,36 @@ def build_trainer(
         teacher=_teacher(loader, teacher_dir) if teacher_dir is not None else None,
         pad_token=pad_token(model_dir),
         packed=loader.packed,
+        share_above=_share_above(loader, teacher_dir),
         bf16_engine=bf16_engine,
     )
 
 
-def _teacher(loader: _Loader, folder: Path) -> Teacher:
-    """A frozen model of its own family, loaded as the reference is."""
+def _share_above(loader: _Loader, teacher_dir: Path | None) -> float | None:
+    """`Trainer.share_above`: a teacher computes the same rows, so its model must be able to as well. Raises RunFailed
+    where it cannot and the recipe asks for it."""
+    own = loader.share_above
+    if own is None or teacher_dir is None:
+        return own
+    teacher = _of_teacher(loader, teacher_dir)
+    if teacher.share_above is None and loader.recipe.train.share_prompts is True:
+        raise RunFailed(
+            f"train.share_prompts = true: adapter `{teacher.adapter.name}` of the teacher `{teacher_dir}` cannot",
+            "`--set train.share_prompts=auto`",
+        )
+    return teacher.share_above
+
+
+def _of_teacher(loader: _Loader, folder: Path) -> _Loader:
     model = loader.recipe.model.model_copy(update={"path": str(folder), "adapter": "auto"})
     adapter = registry.resolve(loader.recipe.model_copy(update={"model": model}), folder)
-    own = replace(loader, model_dir=folder, adapter=adapter)
+    return replace(loader, model_dir=folder, adapter=adapter)
+
+
+def _teacher(loader: _Loader, folder: Path) -> Teacher:
+    """A frozen model of its own family, loaded as the reference is."""
+    own = _of_teacher(loader, folder)
+    adapter = own.adapter
     if own.packed != loader.packed:
         raise RunFailed(
             f"the trainer packs rows, and adapter `{adapter.name}` of the teacher `{folder}` cannot compute them"
@@ -145,6 +166,11 @@ class _Loader:
         return backend.packing(self.recipe, self.adapter, self.ranks.device.type)[0] == "packed"
 
     @property
+    def share_above(self) -> float | None:
+        config = text_config(read_config(self.model_dir))
+        return backend.sharing(self.recipe, self.adapter, self.ranks.device.type, config).above
+
+    @property
     def temperature(self) -> float:
         """Of the probabilities that are trained: those of the draws, in supervised training the model's own."""
         return self.recipe.rollout.temperature if self.recipe.sft is None else 1.0
@@ -160,9 +186,11 @@ class _Loader:
             linear.install(model, measured=not self.recipe.launch.deterministic)
         elif adapter.prepare_gpu is not None:
             adapter.prepare_gpu(model)
-        if self.packed:
+        if self.packed or self.share_above is not None:
             varlen.install(model, adapter)
-            if self.recipe.train.row_boundaries == "ignored":
+            if not self.packed:
+                varlen.switch(model, packed=False)
+            elif self.recipe.train.row_boundaries == "ignored":
                 varlen.carry_state(model)
         wire, parameters = adapter.wire_tensors(model), dict(model.named_parameters())
         return model, wire, [parameters[name] for name, tensor in wire.items() if tensor.dtype == "float32"]

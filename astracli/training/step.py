@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from astracli.config.recipe import Recipe
+from astracli.kernels import varlen
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
-from astracli.rl.batch import Batch, MicroBatch, Row, arranged, build_batch, micro_batches
+from astracli.rl.batch import Batch, Division, MicroBatch, Row, arranged, build_batch, micro_batches
 from astracli.rl.losses import ClipLimits
 from astracli.rl.types import Group
-from astracli.training import objective, packing, parity
+from astracli.training import objective, packing, parity, shared_prompts
 from astracli.training.adam import learning_rate
 from astracli.training.agreement import CEILING, TIMES_NOISE
 from astracli.training.cpu_offload import CpuOffload
@@ -95,6 +96,8 @@ class Trainer:
     teacher: Teacher | None = None
     pad_token: int = 0
     packed: bool = False
+    share_above: float | None = None
+    """A batch shares its prompts where that leaves out more than this part of its tokens; None: never."""
     bf16_engine: bool = False
     """Whether the engine computes in bf16, whatever this trainer computes in."""
 
@@ -120,6 +123,7 @@ class Trainer:
         assert not self.masters.away
         timer = Timer(self.ranks.device)
         batch = self.divide(groups, step)
+        self.switch(packed=self.shares(batch))
         timer.lap("batch_s")
         metrics, first = self.check_rows(batch, step)
         timer.lap("check_s")
@@ -182,7 +186,24 @@ class Trainer:
             "rank": self.ranks.rank,
             "world_size": self.ranks.world_size,
             "divide_rows": packing.micro_batches if self.packed else micro_batches,
+            "instead": self._shared if self.share_above is not None else None,
         }
+
+    def _shared(self, rows: Sequence[Row]) -> Division | None:
+        assert self.share_above is not None
+        return shared_prompts.division(rows, self.share_above)
+
+    def shares(self, batch: Batch) -> bool:
+        """Whether samples share prompts in this batch."""
+        return self.share_above is not None and self._shared(batch.rows) is not None
+
+    def switch(self, *, packed: bool) -> None:
+        """Where not every batch is packed: every model computes this kind of rows from here on."""
+        if self.share_above is not None and not self.packed:
+            policies = [self.policy, *([self.reference] if self.reference is not None else [])]
+            policies += [self.teacher.policy] if self.teacher is not None else []
+            for policy in policies:
+                varlen.switch(policy.model, packed=packed)
 
     def forward(
         self, policy: PolicyModel, micro: MicroBatch, target_N: np.ndarray | None = None
@@ -204,19 +225,24 @@ class Trainer:
         """(figures of the check of rows, {} where none is due; whether this is the first step of the process). Raises
         RunFailed when rows leak."""
         first, self.first_step = self.first_step, False
-        metrics = self._check_rows(batch) if first or step % self.recipe.train.rows_check_every == 0 else {}
-        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
-            self.row_check.require(metrics)
-        return metrics, first
+        due = first or step % self.recipe.train.rows_check_every == 0
+        return self._check_rows(batch, first=first) if due else {}, first
 
-    def _check_rows(self, batch: Batch) -> dict[str, float]:
+    def _check_rows(self, batch: Batch, *, first: bool) -> dict[str, float]:
         """How far rows joined and rows alone differ. Raises RunFailed when they do, unless the recipe wants that."""
         chosen = parity.spread(batch.rows, self.recipe.train.tokens_per_microbatch)
+        checked = self.row_check
+        if self.shares(batch):
+            chosen = shared_prompts.some(batch.rows, chosen, self.recipe.train.tokens_per_microbatch)
+            checked = replace(checked, shared=True)
         in_bf16 = self.ranks.device.type != "cpu"
-        found = self.row_check.logprob_figures(chosen, in_bf16=in_bf16)
+        found = checked.logprob_figures(chosen, in_bf16=in_bf16)
         if not self.ablation:
-            self.row_check.require(found)
-        return found | self.row_check.gradient_figures(chosen, in_bf16=in_bf16)
+            checked.require(found)
+        found |= checked.gradient_figures(chosen, in_bf16=in_bf16)
+        if first and not self.ablation:  # later they are small: the policy draws its tokens itself
+            checked.require(found)
+        return found
 
     def _require_agreement(self, work: Work) -> None:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective.

@@ -17,7 +17,7 @@ import torch
 
 from astracli.rl.batch import MicroBatch, Row, pad_rows
 from astracli.rl.types import Group, Sample, Segment
-from astracli.training import packing
+from astracli.training import packing, shared_prompts
 from astracli.training.fsdp import free_gathered
 
 if TYPE_CHECKING:
@@ -64,6 +64,21 @@ def rows_of(lengths: Sequence[int], vocabulary: int) -> list[Row]:
     return result
 
 
+def sharing(budget: int, context: int, vocabulary: int) -> list[Row]:
+    """Two groups of two samples, as long as the context and a packed row of `budget` tokens allow."""
+    draw, rows = np.random.default_rng(1), list[Row]()
+    begin = max(2, min(PROMPT, context // 2))
+    behind = max(1, min(context - begin, budget // 4 - begin))
+    for place in range(2):
+        prompt = draw.integers(0, vocabulary, begin).astype(np.int32)
+        logprobs = np.full(behind, -np.log(vocabulary), np.float32)
+        drawn = [draw.integers(0, vocabulary, behind).astype(np.int32) for _ in range(2)]
+        samples = [Sample(index, [Segment(0, tokens, logprobs)], "stop") for index, tokens in enumerate(drawn)]
+        group = Group(place, "made up", prompt, samples, "", "")
+        rows += [Row(len(rows) + index, group, sample, 1.0) for index, sample in enumerate(samples)]
+    return rows
+
+
 def warm_up(trainer: Trainer, waiting: Callable[[str | None], None]) -> float:
     """Compute made-up rows; seconds. A collective. `waiting` is told what is compiled."""
     began, recipe, device = time.perf_counter(), trainer.recipe, trainer.ranks.device
@@ -77,6 +92,11 @@ def warm_up(trainer: Trainer, waiting: Callable[[str | None], None]) -> float:
             else:
                 micro = pad_rows(rows_of([length] * max(1, budget // length), vocabulary), trainer.pad_token)
             _passes(trainer, micro)
+        if trainer.share_above is not None:
+            waiting("the compiler: kernels for rows that share prompts")
+            trainer.switch(packed=True)
+            _passes(trainer, shared_prompts.pack(sharing(budget, context, vocabulary)))
+            trainer.switch(packed=False)
         waiting("the compiler: kernels for the check of rows")
         rows = rows_of(sizes(min(budget, context), context), vocabulary)
         trainer.row_check.logprob_figures(rows, in_bf16=device.type != "cpu")

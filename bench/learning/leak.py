@@ -39,7 +39,13 @@ def run_of(mode: str, seed: int, args: argparse.Namespace) -> Path:
     run = Path(args.run) / f"{mode}-{seed}"
     if (run / "summary.json").is_file():
         return run
-    settings = [f"seed={seed}", "train.packing=packed", f"train.row_boundaries={mode}", "eval.every=10"]
+    settings = [
+        f"seed={seed}",
+        "train.packing=packed",
+        "train.share_prompts=false",
+        f"train.row_boundaries={mode}",
+        "eval.every=10",
+    ]
     settings += ["train.rows_check_every=10", *([f"train.steps={args.steps}"] if args.steps else []), *args.set]
     train(run.resolve(), settings, args.recipe)
     return run

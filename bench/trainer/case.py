@@ -65,6 +65,7 @@ def recipe(variant: Variant, tokens: int, group_size: int, algorithm: str = "m2p
                 "learning_rate": 1e-6,
                 "activation_checkpointing": variant.checkpointing,
                 "packing": variant.packing,
+                "share_prompts": False,
                 "row_boundaries": "reset" if variant.boundaries else "ignored",
                 "parity_tolerance": 1e9,  # no engine drew these samples
             },

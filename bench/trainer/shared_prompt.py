@@ -1,137 +1,180 @@
-"""What would forwarding a group's prompt once save in the trainer, and is it exact?
+"""What forwarding a group's prompt once saves in a step of the trainer, and that it is exact.
 
-    python bench/trainer/shared_prompt.py [--shapes tiny small dense] [--prompts 100 1000 4000] [--answers 256] [--json]
+    python bench/trainer/shared_prompt.py [--shape tiny] [--prompts 100 1000 4000] [--answers 256] [--json]
+    python bench/trainer/shared_prompt.py --adapter qwen2 --shape coder-0.5b --tokens 32768 --groups 8     on a GPU
+    python bench/trainer/shared_prompt.py --shape 4b --tokens 32768 --checkpointing full                   on a GPU
 
-A group of `--group` samples, forward and backward of the mean log-probability of its answers, in fp32: as the trainer
-does it now (each sample with its prompt), and with the prompt once. There attention reads the prompt's keys and values,
-and Gated DeltaNet goes on from its state and its last inputs of the convolution; gradients flow back through both.
-`shared_over_now` is of processor seconds (user + system, one thread), the least of `--rounds`; `saved` is 1 minus it.
-`gradient` is |difference| / |gradient| over all parameters. Both sides use transformers' own kernels, since those of
-astra for a CPU take no state. Optimizer and publishing, which a step has besides, stay as they are.
+The product's trainer with random weights, one minibatch of `--groups` groups of `--group` samples a step, with
+`train.share_prompts` false and true, in turns. A step is forward, backward and update; the first minibatch is measured
+while it trains, so nothing is scored besides. `step_s` is the median of `--steps` after one that compiles kernels,
+`cpu_s` its processor seconds (which other work on the machine does not change), `tokens_per_s` counts trained tokens,
+`row_tokens` those that are computed. `saved` is 1 - shared / separate of `step_s`, on a CPU of `cpu_s`; `saved_tokens`
+is the part of the tokens that is left out, which decides under `train.share_prompts = auto`.
 
-Shapes: `tiny` (the tiny hybrid of the adapter, 0.05 M parameters), `small` (the hybrid of scripts/make_small.py, 21 M),
-`dense` (a Qwen2 as large as `small`).
+Exactness: `logprob` and `gradient` are the check at the start of a run (rows that share prompts against each alone; on
+a GPU in one shape, and `..._own` each in its own). `difference` is |gradient of the step, shared minus separate| over
+the latter, of one and the same minibatch.
+
+Shapes: `tiny` (the adapter's), `small` and `dense` (20 M parameters, made for a CPU), or the end of a model id that the
+adapter knows.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
+import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import log_softmax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared import options, say, show
+from shared import GIB, options, say, show
 
 from astracli.models import registry
+from astracli.rl.types import Group, Sample, Segment
+from astracli.training.fsdp import Ranks
+from astracli.training.step import Trainer, Work
+from astracli.training.sums import Timer
+from trainer.case import Variant, build, join, recipe, settle, shape_config
 
 HYBRID = {
     "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "layer_types": None,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 512,
 }  # fmt: skip
 DENSE = {
-    "model_type": "qwen2", "vocab_size": 512, "hidden_size": 448, "intermediate_size": 1536, "num_hidden_layers": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    "vocab_size": 512, "hidden_size": 448, "intermediate_size": 1536, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 2,
 }  # fmt: skip
 
 
-def model_of(shape: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if shape == "dense":
-        settings: dict[str, Any] = DENSE
-    else:
-        tiny = registry.get("qwen3_5").tiny_config
-        assert tiny is not None
-        settings = dict(tiny()) | (HYBRID if shape == "small" else {})
-        settings = {key: value for key, value in settings.items() if value is not None}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**settings | {"max_position_embeddings": 8192})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+def config_of(args: Any) -> dict[str, Any]:
+    adapter = registry.get(args.adapter)
+    if args.shape not in ("small", "dense"):
+        return shape_config(adapter, args.shape)
+    assert adapter.tiny_config is not None
+    return adapter.tiny_config() | (HYBRID if args.shape == "small" else DENSE)
 
 
-def loss(model: Any, hidden_SAD: Tensor, answers_SA: Tensor) -> Tensor:
-    """Of the hidden states in front of each token of the answers."""
-    logprob_SAV = log_softmax(model.lm_head(hidden_SAD).float(), -1)
-    return -logprob_SAV.gather(-1, answers_SA[..., None]).mean()
+def drawn(args: Any, prompt: int, step: int, vocabulary: int) -> list[Group]:
+    """Groups of random tokens; answers have half to all of `--answers`, three quarters on average."""
+    draw, result = np.random.default_rng(step), []
+    for place in range(args.groups):
+        tokens = draw.integers(2, vocabulary, prompt).astype(np.int32)
+        samples = []
+        for s in range(args.group):
+            answer = draw.integers(2, vocabulary, int(draw.integers(args.answers // 2, args.answers + 1)))
+            segment = Segment(step, answer.astype(np.int32), np.full(len(answer), -4.0, np.float32))
+            samples.append(Sample(s, [segment], "stop", float(s % 2), "right" if s % 2 else "wrong"))
+        result.append(Group(place, f"p{place}", tokens, samples, "?", "!"))
+    return result
 
 
-def now(model: Any, prompt_P: Tensor, answers_SA: Tensor) -> Tensor:
-    rows = torch.cat([prompt_P.expand(len(answers_SA), -1), answers_SA], 1)
-    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
-    return loss(model, hidden[:, len(prompt_P) - 1 : -1], answers_SA)
+def trainers_of(args: Any, config: dict[str, Any], prompt: int, ranks: Ranks) -> dict[bool, Trainer]:
+    """One that shares prompts and one that does not, of the same weights and optimizer."""
+    variant = Variant(args.checkpointing, packing="auto")
+    chosen = recipe(variant, args.tokens, args.group, "grpo")  # its limits need no scoring pass
+    table = {"share_prompts": True, "tokens_per_microbatch": max(args.tokens, prompt + args.answers)}
+    rollout = {"context_length": prompt + args.answers, "max_new_tokens": args.answers}
+    update = {
+        "train": chosen.train.model_copy(update=table),
+        "rollout": chosen.rollout.model_copy(update=rollout),
+    }
+    shares = build(registry.get(args.adapter), config, variant, chosen.model_copy(update=update), ranks)
+    return {False: replace(shares, share_above=1.0), True: shares}
 
 
-def shared(model: Any, prompt_P: Tensor, answers_SA: Tensor) -> Tensor:
-    group, base = len(answers_SA), model.base_model
-    began = base(input_ids=prompt_P[None], use_cache=True)
-    state = began.past_key_values
-    for layer in state.layers:
-        for name in ("keys", "values", "conv_states", "recurrent_states"):
-            if isinstance(value := getattr(layer, name, None), Tensor):
-                setattr(layer, name, value.expand(group, *value.shape[1:]))
-        for name in ("update_conv_state", "update_recurrent_state"):
-            if hasattr(layer, name):  # which would write over the state that the backward pass reads
-                setattr(layer, name, lambda new, **_: new)
-    places = torch.arange(len(prompt_P), len(prompt_P) + answers_SA.shape[1])
-    went = base(
-        input_ids=answers_SA, past_key_values=state, use_cache=True, position_ids=places[None].expand(group, -1)
-    )
-    first = began.last_hidden_state[:, -1:].expand(group, -1, -1)
-    return loss(model, torch.cat([first, went.last_hidden_state[:, :-1]], 1), answers_SA)
+def gradient(trainer: Trainer, groups: list[Group], step: int) -> dict[str, torch.Tensor]:
+    """fp32, of one step's only minibatch."""
+    batch = trainer.divide(groups, step)
+    trainer.switch(packed=trainer.shares(batch))
+    work = Work(batch, step, Timer(trainer.ranks.device))
+    work.first_measured = True
+    work.limits = trainer.algorithm.prepare(torch.zeros(0), torch.zeros(0), trainer.recipe.algorithm.own)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(_: int) -> float:
+        found.update({name: grad.clone() for name, grad in trainer.masters.grads.found().items()})
+        trainer.masters.grads.clear()
+        return 0.0
+
+    update, trainer.masters.update = trainer.masters.update, keep  # type: ignore[method-assign]
+    try:
+        trainer._minibatch(work, 0, step)
+    finally:
+        trainer.masters.update = update  # type: ignore[method-assign]
+    return found
 
 
-def seconds(way: Any, model: Any, *given: Tensor) -> tuple[float, list[Tensor]]:
-    """(processor seconds of forward and backward, gradients)"""
-    model.zero_grad(set_to_none=True)
-    began = time.process_time()
-    way(model, *given).backward()
-    took = time.process_time() - began
-    return took, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    squares = sum(float((one[name].double() - grad.double()).square().sum()) for name, grad in other.items())
+    return float((squares / sum(float(grad.double().square().sum()) for grad in other.values())) ** 0.5)
 
 
-def measure(shape: str, model: Any, prompt: int, args: argparse.Namespace) -> dict[str, Any]:
-    draw, vocabulary = torch.Generator().manual_seed(1), model.config.vocab_size
-    prompt_P = torch.randint(2, vocabulary, (prompt,), generator=draw)
-    answers_SA = torch.randint(2, vocabulary, (args.group, args.answers), generator=draw)
-    took: dict[Any, list[float]] = {now: [], shared: []}
-    gradients: dict[Any, list[Tensor]] = {}
-    for number in range(2 * args.rounds):
-        way = (now, shared)[(number + number // 2) % 2]
-        used, gradients[way] = seconds(way, model, prompt_P, answers_SA)
-        took[way].append(used)
-    off = sum(float((a - b).double().square().sum()) for a, b in zip(gradients[now], gradients[shared], strict=True))
-    size = sum(float(a.double().square().sum()) for a in gradients[now])
-    least = {way: min(each) for way, each in took.items()}
-    ratio = least[shared] / least[now]
-    tokens = (prompt + args.group * args.answers) / (args.group * (prompt + args.answers))
-    row = {
-        "shape": shape, "prompt": prompt, "answers": args.answers, "group": args.group, "now_cpu_s": least[now],
-        "shared_cpu_s": least[shared], "shared_over_now": ratio, "saved": 1 - ratio, "saved_tokens": 1 - tokens,
-        "gradient": math.sqrt(off / size),
+def step_of(trainer: Trainer, groups: list[Group], step: int) -> dict[str, float]:
+    device = trainer.ranks.device
+    settle(device)
+    began, cpu = time.perf_counter(), time.process_time()
+    metrics = trainer.train(groups, step, step).metrics
+    settle(device)
+    return metrics | {"step_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+
+def measure(args: Any, config: dict[str, Any], prompt: int, ranks: Ranks) -> dict[str, Any]:
+    on_gpu, vocabulary = ranks.device.type == "cuda", config["vocab_size"]
+    trainers = trainers_of(args, config, prompt, ranks)
+    checks = {share: step_of(one, drawn(args, prompt, 0, vocabulary), 0) for share, one in trainers.items()}
+    found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    peak: dict[bool, float] = {}
+    for step in range(1, 2 + args.steps):
+        for share in (False, True) if step % 2 else (True, False):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            took = step_of(trainers[share], drawn(args, prompt, step, vocabulary), step)
+            peak[share] = torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
+            if step > 1:
+                found[share].append(took)
+    groups = drawn(args, prompt, 99, vocabulary)
+    separate, shared = (gradient(trainers[share], groups, 0) for share in (False, True))
+    row: dict[str, Any] = {"shape": args.shape, "prompt": prompt, "answers": args.answers, "group": args.group}
+    for share, name in ((False, "separate"), (True, "shared")):
+        for figure in ("step_s", "cpu_s"):
+            row[f"{name}_{figure}"] = statistics.median(one[figure] for one in found[share])
+        tokens = statistics.median(one["tokens"] for one in found[share])
+        row[f"{name}_tokens_per_s"] = tokens / row[f"{name}_step_s"]
+        row[f"{name}_row_tokens"] = statistics.median(one["row_tokens"] for one in found[share])
+        row[f"{name}_microbatches"] = found[share][-1]["microbatches"]
+        if on_gpu:
+            row[f"{name}_peak_gib"] = peak[share]
+    figure = "step_s" if on_gpu else "cpu_s"
+    row["saved"] = 1 - row[f"shared_{figure}"] / row[f"separate_{figure}"]
+    row["saved_tokens"] = 1 - row["shared_row_tokens"] / row["separate_row_tokens"]
+    names = {
+        "logprob": "rows_max_abs", "logprob_own": "rows_own_shape_max_abs", "gradient": "rows_gradient_error",
+        "gradient_own": "rows_gradient_own_shape", "gradient_noise": "rows_gradient_noise",
     }  # fmt: skip
+    row |= {said: checks[True][name] for said, name in names.items() if name in checks[True]}
+    row["difference"] = apart(shared, separate)
     say(row)
     return row
 
 
 def main() -> None:
     parser = options(
-        __doc__, shapes=["tiny", "small", "dense"], prompts=[100, 1000, 4000], answers=256, group=8, rounds=2
-    )
+        __doc__, adapter="qwen3_5", shape="tiny", prompts=[100, 1000, 4000], answers=256, group=8, groups=2,
+        tokens={16384: "of one micro-batch"}, steps={3: "timed, after two that are not"},
+        checkpointing=("none", "selective", "full"),
+    )  # fmt: skip
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for shape in args.shapes:
-        model = model_of(shape)
-        rows += [measure(shape, model, prompt, args) for prompt in args.prompts]
-    show(args, {"rows": rows})
+    ranks, config = join(), config_of(args)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(1)
+    show(args, {"rows": [measure(args, config, prompt, ranks) for prompt in args.prompts]})
+    ranks.close()
 
 
 if __name__ == "__main__":

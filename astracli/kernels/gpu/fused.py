@@ -58,7 +58,7 @@ CHUNK = 64
 """Tokens that fla's convolution and delta rule take at once."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=12)
 def chunks(cu_seqlens_host: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
     """What fla's kernels need to know of a packed row's segments, made on the host: they would read `cu_seqlens` back.
 

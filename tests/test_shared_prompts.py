@@ -419,7 +419,7 @@ def test_who_shares() -> None:
         tables["train"] = {"share_prompts": "auto"} | tables.get("train", {})
         return backend.sharing(recipe(**tables), adapter, device, config)
 
-    assert of().above == 0.35 and of("cuda").above == 0.14 and "a tenth of a step" in of().reason
+    assert of().above == 0.35 and of("cuda").above == 0.45 and "a tenth of a step" in of().reason
     assert of(train=SHARES).above == 0.0 and of(train={"share_prompts": False}).above is None
     generic, foreign = registry.get("generic"), replace(ADAPTER, shares_prompts=False)
     assert "does not say that its attention allows it" in of(adapter=generic).reason

@@ -82,17 +82,22 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def parse(lines: Iterable[str | bytes]) -> Iterator[Record]:
-    """Records of JSONL lines; a torn or damaged line (a writer was killed) is left out, and so is a `step` that is
-    null."""
+    """Records of JSONL lines; a torn or damaged one (a writer was killed) is left out, so is a `step` that is null."""
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and readable(record):
             if record.get("step", 0) is None:
                 del record["step"]
             yield record
+
+
+def readable(record: Mapping[str, Any]) -> bool:
+    """Whether its step, where it has one, is a whole number or null."""
+    step = record.get("step")
+    return step is None or (isinstance(step, int) and not isinstance(step, bool))
 
 
 def without_absent(record: Record) -> Record:

@@ -6,6 +6,7 @@
     python bench/faults/run.py network | clock
     python bench/faults/run.py wire [--attempts 12]
     python bench/faults/run.py limits [--only shm descriptors bomb oom-trainer ...]      some as root, with cgroups
+    python bench/faults/run.py strangers [--only two-ranks ipv6 flood page ...]         `private` as root
     python bench/faults/run.py inputs [--count 200]
     python bench/faults/run.py requests [--count 500]
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 from shared import folder, more_options, show
 
-from faults import damage, disks, kills, limits, malformed, network, requests, served
+from faults import damage, disks, kills, limits, malformed, network, requests, served, strangers
 from faults.world import Row, World, attempted
 
 Group = Callable[[World, argparse.Namespace], list[Row]]
@@ -82,6 +83,7 @@ GROUPS: dict[str, tuple[Group, dict[str, object]]] = {
     "inputs": (_inputs, {"count": 200}),
     "requests": (_requests, {"count": 500}),
     "limits": (lambda world, args: limits.rows(world, args.only), {"only": list(limits.ROWS)}),
+    "strangers": (lambda world, args: strangers.rows(world, args.only), {"only": list(strangers.ROWS)}),
     "disks": (_disks, {"moments": 6, "kinds": list(disks.KINDS)}),
 }
 

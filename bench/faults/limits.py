@@ -23,6 +23,7 @@ NOBODY = 65534
 EVIL = {
     "bomb": "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
     "memory": "    kept = []\n    while True: kept.append(bytearray(b'1' * (1 << 26)))\n",
+    "ten": "    return float(len(bytearray(b'1') * (10 << 30)))\n",
     "daemon": "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n"
     "            os.closerange(0, 64); time.sleep(600)\n        os._exit(0)\n",
 }  # fmt: skip
@@ -83,13 +84,20 @@ def evil(world: World, what: str, row: Row) -> Row:
     kind, limit, value = {
         "bomb": ("pids", "pids.max", 400),
         "memory": ("memory", "memory.limit_in_bytes", 4 << 30),
+        "ten": ("memory", "memory.limit_in_bytes", 4 << 30),
         "daemon": ("pids", "pids.max", 400),
     }[what]
     with cgroup(kind, what, limit, value) as group:
         sets = (evil_reward(world, what), "data.reward_timeout_s=1", "eval.every=0")
+        sets += ("data.reward_memory_gib=1",) if what == "ten" else ()
         run = world.folder / f"evil_{what}"
         attempt = world.start(run, 3, sets, before=under(group))
-        return world.judge(row, attempt, ())
+        row = world.judge(row, attempt, ())
+    if what == "ten":  # told with the lines of the reward where it happened
+        row.problems = [one for one in row.problems if not one.startswith("a traceback")]
+        if "MemoryError: more than the 1 GiB that this process may take" not in attempt.log.read_text():
+            row.problems.append("the limit is not said")
+    return row
 
 
 def out_of_memory(world: World, name: str, row: Row) -> Row:
@@ -214,6 +222,7 @@ ROWS: dict[str, tuple[str, str, Work]] = {
     "home": ("home that cannot be written", "another user", another_user),
     "bomb": ("fork bomb in a reward", "400 processes", lambda w, r: evil(w, "bomb", r)),
     "memory": ("reward that takes all memory", "4 GiB", lambda w, r: evil(w, "memory", r)),
+    "ten": ("reward that takes 10 GB", "data.reward_memory_gib = 1", lambda w, r: evil(w, "ten", r)),
     "daemon": ("reward that leaves daemons", "", lambda w, r: evil(w, "daemon", r)),
     **{
         f"oom-{name}": ("killed for its memory", name, lambda w, r, n=name: out_of_memory(w, n, r))

@@ -58,8 +58,8 @@ def watched(run: Path) -> Iterator[dict[str, set[int]]]:
 
 def layout(world: World, name: str, row: Row, *, sets: Sequence[str] = (), at: Sequence[str] = ("127.0.0.1",),
            most: int = 8, before: Sequence[str] = (), agent: str | None = None) -> Row:  # fmt: skip
-    """A whole run. Its processes listen `at` these addresses (gloo at the first of an interface), at no more than `most`
-    ports. `agent`: the address of a second host."""
+    """A whole run. Its processes listen `at` these addresses (gloo at the first of an interface), at `most` ports.
+    `agent`: the address of a second host."""
     run = world.folder / name
     attempt = world.start(run, STEPS, sets, before=before)
     with watched(run) as found, ExitStack() as stack:
@@ -140,7 +140,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
         "two hosts",
         {"sets": ('launch.hosts=["a", "b"]',), "at": ("127.0.0.1", "127.0.0.2"), "agent": "127.0.0.2"},
     ),
-    "ipv6": ("two ranks, launch.host = ::1", {"sets": ("resources.train_ranks=2", "launch.host=::1"), "at": ("::1", "127.0.0.1")}),
+    "ipv6": (
+        "two ranks, launch.host = ::1",
+        {"sets": ("resources.train_ranks=2", "launch.host=::1"), "at": ("::1", "127.0.0.1")},
+    ),
     "private": (
         "two ranks, launch.host = 10.99.0.1",
         {"sets": ("resources.train_ranks=2", "launch.host=10.99.0.1", "launch.network=private"),

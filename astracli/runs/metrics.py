@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from astracli.config import doors
+from astracli.config import doors, reading
 from astracli.errors import UserError
 
 Record = dict[str, Any]
@@ -111,7 +111,7 @@ def read(path: Path) -> list[Record]:
     """All records of a run, in file order; [] when there is no file."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         return list(parse(file))
 
 
@@ -125,7 +125,7 @@ class Tail:
     def new(self) -> list[Record]:
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
+        with reading.opened(self._path) as file:
             file.seek(self._offset)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]

@@ -16,7 +16,7 @@ from launch_tools import build, context_of, specs_of, tiny
 from astracli.config import recipe_io
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
-from astracli.launch import recipe_changes, run
+from astracli.launch import hub, recipe_changes, run
 from astracli.launch.local import child_spec
 from astracli.plan.view import to_json
 from astracli.process.config import (
@@ -56,6 +56,22 @@ def test_every_process_gets_its_config_and_only_its_owner_reads_it(tmp_path: Pat
     assert told["engine0"].mem_fraction_static == 0.8, "the engine's own, where the plan derives none"
     trainer = told["trainer1"]
     assert (trainer.resume_step, trainer.role, trainer.attention) == (4, Role.TRAINER, "sdpa")
+
+
+def test_the_hub_and_every_process_know_the_requests_that_the_plan_derived(tmp_path: Path) -> None:
+    context = context_of(tiny(rollout__max_running_requests="auto"), tmp_path)
+    context = replace(context, plan=replace(context.plan, running_requests=200))
+    for spec in specs_of(context).values():
+        config = json.loads(Path(spec.argv[-1]).read_text())
+        assert config["recipe"]["rollout"]["max_running_requests"] == 200
+    with hub.serving(context, lambda status: None) as (store, _):
+        assert store.slots("engine0", "rollout", 1000, 0).limit == 200
+
+
+def test_an_engine_held_to_a_part_of_its_card_reserves_of_that_part(tmp_path: Path) -> None:
+    context = context_of(tiny(), tmp_path)
+    held = replace(context, plan=replace(context.plan, gpu_share=0.25))
+    assert load_config(["w", specs_of(held)["engine0"].argv[-1]], EngineConfig).mem_fraction_static == 0.8 * 0.25
 
 
 def test_children_are_offline_threaded_and_past_any_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from astracli.adapters.qwen3_5_sizes import text_shapes
 from astracli.config.recipe_train import Sharding
 from astracli.engines.sglang.plugin import ENGINE
 from astracli.errors import UserError
+from astracli.launch import run
+from astracli.machine.facts import validate
 from astracli.machine.memory import Component, words
 from astracli.models import registry
 from astracli.models.adapter import MemoryShape
@@ -103,6 +105,15 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     with pytest.raises(UserError, match=r"GPU 1 needs at least 66\.\d\d GiB of GPU memory for trainer"):
         asked = load("qwen3.5-4b-m2po-delta", *one_each, "train.optimizer_device=gpu")
         plan.refuse(planned(asked, facts("9.0", 2, memory_gib=44, host_gib=512)))
+
+
+def test_a_run_held_to_24_gib_of_a_big_card_is_planned_as_on_a_card_of_24() -> None:
+    held = load("qwen3.5-4b-lora-24gb", "resources.gpu_memory_gib=24")
+    big, small = (validate(facts("9.0", 1, memory_gib=gib, host_gib=192)) for gib in (96, 24))
+    found, wanted = run.planned(held, "train", big), run.planned(load("qwen3.5-4b-lora-24gb"), "train", small)
+    assert (found.placement, found.memory, found.margins) == (wanted.placement, wanted.memory, wanted.margins)
+    assert (found.gpu_sizes, found.gpu_share) == ({0: 24 * GIB}, 0.25) and wanted.gpu_share == 1.0
+    assert run.planned(held, "train", small) == wanted, "what a card does not have is not given either"
 
 
 def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:

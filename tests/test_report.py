@@ -94,6 +94,18 @@ def test_plain_lines_come_at_most_every_two_seconds_and_never_stay_away() -> Non
     assert lines[count:] and all("trainer: waiting: engine0 is down" in line for line in lines[count + 1 :])
 
 
+def test_what_is_waited_for_says_how_far_an_evaluation_is() -> None:
+    progress = RunProgress("tiny", 100)
+    statuses = {
+        "trainer": Status("ready", "groups for step 9: 0 of 64", heard=1.0),
+        "eval": Status("ready", progress={"step": 0, "benchmark": "gsm8k", "done": 120, "total": 6595}, heard=1.0),
+        "eval1": Status("ready", progress={"benchmark": "math500", "done": 500, "total": 500}, heard=1.0),
+    }
+    progress.feed([], state(9), statuses, "running")
+    waited = ["trainer: waiting for groups for step 9: 0 of 64", "eval: step 0 benchmark gsm8k done 120 total 6595"]
+    assert progress.waits() == waited
+
+
 def test_time_left_follows_the_pace() -> None:
     clock = Clock()
     progress = RunProgress("tiny", 100, clock=clock)

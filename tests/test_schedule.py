@@ -33,7 +33,7 @@ def test_the_last_groups_wait_for_training_while_staleness_forbids_them() -> Non
     """As many as the rest of the run needs are under way, but none is allowed: the engine is a version behind."""
     late = Admission(batch_groups=4, max_staleness=0, steps=2, next_step=1, version=0, in_flight=2, waiting=2)
     assert (late.allowed, late.needed, late.capacity) == (0, 4, 0)
-    assert late.reason is not None and late.reason.startswith("training: 2 groups in flight, 2 waiting of 0 allowed")
+    assert late.reason is not None and late.reason.endswith("staleness 0 is allowed; 2 groups in flight")
     last = Admission(batch_groups=4, max_staleness=0, steps=2, next_step=1, version=1, in_flight=2, waiting=2)
     assert last.reason == "the run's last 4 groups: 2 in flight, 2 waiting"
 
@@ -44,7 +44,7 @@ def test_reason_says_what_is_waited_for() -> None:
     assert full.reason == "training: 16 groups in flight, 16 waiting of 32 allowed (staleness 1)"
     behind = Admission(batch_groups=16, max_staleness=1, steps=100, next_step=4, version=2, in_flight=0, waiting=0)
     assert behind.reason == (
-        "training: 0 groups in flight, 0 waiting of 0 allowed (staleness 1, engine 2 versions behind the next batch)"
+        "new weights in the engine: it is 2 versions behind the next batch, staleness 1 is allowed; 0 groups in flight"
     )
     last = Admission(batch_groups=4, max_staleness=8, steps=10, next_step=9, version=9, in_flight=1, waiting=3)
     assert last.reason == "the run's last 4 groups: 1 in flight, 3 waiting"

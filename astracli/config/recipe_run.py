@@ -101,6 +101,9 @@ class ResourcesTable(Table):
     """How they share a GPU. `side_by_side`: each keeps its part, and the engine reserves what the trainer leaves.
     `time_sharing`: the trainer waits in host memory while the engine generates, and the engine releases its KV cache
     for a training step. `auto`: `time_sharing` only if both do not fit side by side."""
+    gpu_memory_gib: Annotated[float, Field(ge=1.0, le=4096.0)] | None = None
+    """Most memory that a run uses of each GPU, in GiB. The plan is then that of a smaller GPU: engines reserve their
+    part of it, and torch gives a trainer no more. None: all of it."""
     engines: SomeProcesses = 1
     """Engine processes on a CPU. On GPUs there is one per rollout GPU."""
     train_ranks: SomeProcesses = 1

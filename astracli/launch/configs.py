@@ -61,6 +61,12 @@ class RunContext:
     def training(self) -> bool:
         return self.plan.command in TRAINING
 
+    @property
+    def settled(self) -> Recipe:
+        """The recipe with what the plan derived in its place: what every process and the hub go by."""
+        rollout = self.recipe.rollout.model_copy(update={"max_running_requests": self.plan.running_requests})
+        return self.recipe.model_copy(update={"rollout": rollout})
+
 
 @dataclass(frozen=True)
 class Site:
@@ -89,14 +95,12 @@ def build(
             engines[process.name] = EngineAddress(
                 name=process.name, url=address, stage_dir=stage / process.name, token=site.token
             )
-    # with what the plan derived in its place
-    rollout = context.recipe.rollout.model_copy(update={"max_running_requests": plan.running_requests})
     common: dict[str, Any] = {
         "run_dir": context.run_dir.path.resolve(),
         "attempt": context.attempt,
         "hub_url": hub_url,
         "token": context.token,
-        "recipe": context.recipe.model_copy(update={"rollout": rollout}),
+        "recipe": context.settled,
         "model_path": context.inputs.model,
         "engine": plan.choice.engine,
     }
@@ -146,13 +150,14 @@ def _elsewhere(recipe: Recipe, site: Site) -> dict[str, Any]:
 
 def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -> ProcessConfig:
     plan, recipe = context.plan, context.recipe
+    fraction = plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe)
     return EngineConfig(
         **own,
         device=plan.choice.device,
         published=context.training,
         await_weights=context.resume_step is not None,
         time_sharing=process.name in plan.gpu_leases,
-        mem_fraction_static=plan.placement.mem_fraction_static or engine_of(recipe).memory.share(recipe),
+        mem_fraction_static=fraction * plan.gpu_share,
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
         linear_attention=plan.choice.linear_attention,

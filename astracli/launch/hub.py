@@ -55,7 +55,7 @@ def _store(context: RunContext) -> HubStore:
     from astracli.hub.store import HubStore
     from astracli.hub.types import HubSettings
 
-    recipe, training, samples = context.recipe, context.training, context.samples
+    recipe, training, samples = context.settled, context.training, context.samples
     settings = HubSettings(
         batch_groups=recipe.train.batch_groups if training else samples.groups if samples else 1,
         max_staleness=recipe.effective_staleness if training else 0,

@@ -46,6 +46,8 @@ def planned(
 
     here, recorded = facts is None, facts.checkpoint if facts is not None else None
     facts = with_engine(machine_read.probe(), recipe) if facts is None else facts
+    most = recipe.resources.gpu_memory_gib
+    facts, fleet = facts.limited(most), {host: other.limited(most) for host, other in fleet.items()}
     config: Mapping[str, Any] | None = None
     if recorded is not None and recorded.path == recipe.model.path:
         config = recorded.config

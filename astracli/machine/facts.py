@@ -100,10 +100,13 @@ class Gpu(_Part):
     name: str
     compute_capability: str
     memory_total: int | None
+    """Bytes that may be used."""
     memory_free: int | None
     driver: str
     processes: tuple[GpuProcess, ...] = ()
     """As nvidia-smi lists them. In a container it often lists none although memory is in use."""
+    memory_card: int | None = None
+    """Bytes that the card has, where `memory_total` is less (`Machine.limited`)."""
 
     @property
     def capability(self) -> Capability:
@@ -238,6 +241,25 @@ class Machine(_Part):
                 break  # as CUDA does: the first entry that names nothing ends the list
             result.append(gpu)
         return result
+
+    def limited(self, gpu_gib: float | None) -> Machine:
+        """This machine when at most `gpu_gib` GiB of each GPU may be used."""
+        if gpu_gib is None:
+            return self
+        most = int(gpu_gib * 2**30)
+        gpus = tuple(
+            gpu.model_copy(update={"memory_total": most, "memory_card": gpu.memory_total})
+            if gpu.memory_total is not None and gpu.memory_total > most
+            else gpu
+            for gpu in self.gpus
+        )
+        return self.model_copy(update={"gpus": gpus})
+
+    @property
+    def gpu_share(self) -> float:
+        """Of the memory of each visible card, what may be used; the least of them."""
+        shares = [g.memory_total / g.memory_card for g in self.visible_gpus if g.memory_total and g.memory_card]
+        return min(shares, default=1.0)
 
     @property
     def gpu_sizes(self) -> dict[int, int]:

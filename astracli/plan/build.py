@@ -155,6 +155,7 @@ class _Draft:
             disk=tuple(disk),
             model=_model(shape, recipe) if shape else {},
             gpu_sizes=facts.gpu_sizes,
+            gpu_share=facts.gpu_share,
             host_size=facts.system.memory_total,
             running_requests=recipe.rollout.running,
             expected=recipe.expected.model_dump(exclude_none=True) if recipe.expected else {},

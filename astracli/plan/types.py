@@ -55,7 +55,9 @@ class LaunchPlan:
     placement: Placement = field(default_factory=Placement)
     """What lies where on GPUs and host, and why."""
     gpu_sizes: Mapping[int, int] = field(default_factory=dict)
-    """Bytes of every GPU that the machine shows."""
+    """Bytes of every GPU that the machine shows, as far as the recipe may use them."""
+    gpu_share: float = 1.0
+    """Of each card's memory, what the recipe may use."""
     host_size: int = 0
     """Bytes of the host's memory."""
     running_requests: int = 0

@@ -75,9 +75,13 @@ class RunProgress:
         return max(0.0, pace * (self.steps - last_step) - (self.clock() - last_time))
 
     def waits(self) -> list[str]:
-        """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready."""
-        idle = [(name, s) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
-        return [plain(f"{self.named(name)}: {status.words()}") for name, status in idle]
+        """`trainer: waiting for 3 of 16 groups`, for each process that waits or is not ready, and how far an evaluation
+        is."""
+        idle = [(name, s.words()) for name, s in self.statuses.items() if s.waiting or s.state == "starting"]
+        if self.steps:  # an evaluation keeps its engine at one version: what others wait for may be that
+            busy = [(n, s) for n, s in self.statuses.items() if s.progress.get("total") and n not in dict(idle)]
+            idle += [(n, details(s)) for n, s in busy if s.progress.get("done") != s.progress["total"]]
+        return [plain(f"{self.named(name)}: {said}") for name, said in idle]
 
     def named(self, process: str) -> str:
         """`engine0 on b`, of a process of another host."""

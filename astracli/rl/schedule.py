@@ -87,6 +87,9 @@ class Admission:
             return "the end of the run: every batch has its groups"
         if self.needed <= self.in_flight + self.waiting and self.needed <= self.allowed:
             return f"the run's last {count(self.needed)}: {self.in_flight} in flight, {self.waiting} waiting"
+        if self.lag > self.max_staleness:
+            late = f"{count(self.lag, 'version')} behind the next batch, staleness {self.max_staleness} is allowed"
+            return f"new weights in the engine: it is {late}; {count(self.in_flight)} in flight"
         behind = f", engine {count(self.lag, 'version')} behind the next batch" if self.lag else ""
         return (
             f"training: {count(self.in_flight)} in flight, {self.waiting} waiting of {self.allowed} allowed "

@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from astracli.config.recipe_train import RECOMPUTED_BLOCKS, Recomputed, Sharding
 from astracli.errors import UserError
+from astracli.machine.memory import CUDA_CONTEXT
 from astracli.process import ports
 
 if TYPE_CHECKING:
@@ -213,6 +214,15 @@ def _own(device: str, rank: int, environment: Mapping[str, str]) -> torch.device
     chosen = torch.device("cuda", int(environment.get("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))))
     torch.cuda.set_device(chosen)
     return chosen
+
+
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Let torch take no more of a GPU than `gib` GiB have beside its CUDA context; None: as much as there is. What it
+    then lacks is an ordinary out-of-memory error."""
+    if gib is not None and device.type == "cuda":
+        room = gib * 2**30 - CUDA_CONTEXT
+        share = room / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def shard(

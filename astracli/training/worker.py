@@ -14,6 +14,7 @@ def run(config: TrainerConfig, reporter: Reporter) -> None:
     from astracli.training import fsdp, loop
 
     ranks = fsdp.join(config.device, sharding=config.split.sharding)
+    fsdp.limit_memory(ranks.device, config.recipe.resources.gpu_memory_gib)
     loop.train(config, reporter, ranks)
     ranks.close()
 

@@ -8,6 +8,11 @@ DIR: `python bench/random_checkpoint.py DIR`. A completion has as many tokens as
 hub that always grants, groups, grading. The engine itself is asked every `--poll-s` seconds how many requests it runs
 (the embedded engine's /model_info; SGLang's /get_load or /v1/loads); their mean over `--seconds`, weighted by time and
 after `--warm-s`, divided by the slots is the share.
+
+    python bench/engine/slots.py ... --turns 5 [--tool-ms 100] [--episodes 1000]      episodes with a tool
+
+plays episodes of so many completions, with a tool of 100 ms between two of them. `--episodes` are under way at once, in
+the place of as many as the worker itself would begin; the engine still has `--slots`.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from astracli.rollout import worker as rollout
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import ask, folder, more_options, show
 
+from engine.many_turns import ManyTurns
 from engine.rollout import TOKEN, chosen, engine, engine_options, hub
 
 
@@ -125,7 +131,20 @@ class Poll(threading.Thread):
         return sum(s * running for s, running, _ in spans) / total, sum(s * waiting for s, _, waiting in spans) / total
 
 
+def with_turns(args: argparse.Namespace, recipe: Recipe, running: int) -> Recipe:
+    """The recipe with episodes of `--turns` completions and room for them, `running` at once."""
+    room = args.turns * (args.new_tokens + ManyTurns.told)
+    own = {"env": f"{ManyTurns.__module__}:{ManyTurns.__name__}", "max_new_tokens": room}
+    own |= {"context_length": args.prompt_tokens + 64 + room, "max_running_requests": running}
+    return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=own)})
+
+
 def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
+    worker = recipe
+    if args.turns > 1 or args.episodes:
+        ManyTurns.turns, ManyTurns.tool_s = args.turns, args.tool_ms / 1000
+        worker = with_turns(args, recipe, args.episodes or args.slots)
+        recipe = with_turns(args, recipe, args.slots)
     length, lengths = law(args), list[int]()
     kind = engines.of(recipe)
     tailed = long_tailed(length, lengths, type(kind.client("http://engine", TOKEN, name="engine0", stage_dir=folder)))
@@ -138,11 +157,11 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
     kind.client = client  # type: ignore[method-assign]
     with (
         engine(recipe, model, folder) as url,
-        hub(folder, folder / "metrics.jsonl", slots=args.slots) as (store, hub_url),
+        hub(folder, folder / "metrics.jsonl", slots=args.episodes or args.slots) as (store, hub_url),
     ):
         stage = folder / f"engine-{url.rpartition(':')[2]}" / "stage"
         config = RolloutConfig(
-            name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
+            name="rollout", run_dir=folder, attempt=1, hub_url=hub_url, token=TOKEN, recipe=worker, model_path=model,
             engine=kind.name, threads=1, data_paths={"": None}, samples=None, gpu_leases=(), generates=True,
             engines=(EngineAddress(name="engine0", url=url, stage_dir=stage),),
         )  # fmt: skip
@@ -165,6 +184,7 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
     group = recipe.rollout.group_size
     longest = [max(drawn[i : i + group]) for i in range(0, len(drawn), group)]
     return {
+        "turns": args.turns, "episodes": args.episodes or "as the worker begins them",
         "slots": args.slots, "slots_busy": running / args.slots, "waiting_in_engine": waiting,
         "tokens_per_s": (after - before) / (end - begin), "completions": len(lengths),
         "mean_tokens": statistics.mean(drawn),
@@ -177,6 +197,7 @@ def main() -> None:
         engine_options(__doc__), slots={int: "default 32, on a GPU 256"}, sigma={0.8: "of the logarithm of tokens"},
         median={float: "of a completion's tokens; default 24, on a GPU 160"}, prompt_tokens=32, warm_s=10.0,
         new_tokens={int: "at most; default 160, on a GPU 1024"}, seconds=60.0, poll_s=0.05,
+        turns={1: "completions of an episode"}, tool_ms=100.0, episodes={0: "at once; 0: as many as the worker begins"},
     )  # fmt: skip
     args = parser.parse_args()
     cpu = args.device == "cpu"

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from astracli.machine.memory import CUDA_CONTEXT, Component
+from astracli.machine.memory import Component
 from astracli.models.adapter import MemoryShape
 from astracli.plan import cost as plan_speed
 from astracli.plan import trainer as plan_trainer
@@ -42,6 +42,7 @@ from astracli.plan.cost import TrainerLoad
 from astracli.plan.placement import Gpus, place
 from astracli.process.layout import Split
 from astracli.rl.types import Group
+from astracli.training import fsdp
 from astracli.training.step import Trainer
 from astracli.training.supervised import train_on_examples
 
@@ -186,9 +187,7 @@ def main() -> None:
             variant = replace(variant, split=place(case.recipe(variant), case.shape, gpus).split)
         return case.trainer(variant)
 
-    if args.gpu_gib and device.type == "cuda":
-        room = args.gpu_gib * 2**30 - CUDA_CONTEXT
-        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory)
+    fsdp.limit_memory(device, args.gpu_gib or None)
 
     if args.profile:
         print(profile(start(args.profile), case.groups), flush=True)

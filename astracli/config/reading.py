@@ -7,8 +7,9 @@ import json
 import os
 import stat
 import tomllib
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 RECIPE_BYTES = 1 << 20
 DOCUMENT_BYTES = 64 << 20
@@ -17,7 +18,7 @@ DOCUMENT_BYTES = 64 << 20
 TOKENIZER_BYTES = 512 << 20
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BufferedReader:
     """A regular file, to be read and closed. Opening never waits, as it would for a named pipe.
 
     Raises OSError, whose `strerror` also says when it is no file.

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from typing import Any
 
 import configs
 import httpx
+import psutil
 import pytest
+from listeners import listening
 from staged_tools import chain, delta, restage, stage, wait_for
 from test_engine_sglang import is_ready, model_dir, until
 from test_workers_common import TOKEN, FakeHub, hub
@@ -25,6 +29,7 @@ from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest
 from astracli.engines.vllm.server import engine_arguments, logprobs_mode
 from astracli.errors import RunFailed
+from astracli.process import connections
 from astracli.process.config import EngineConfig
 from astracli.process.ports import free_ports
 
@@ -57,7 +62,7 @@ def process(config: EngineConfig) -> Iterator[subprocess.Popen[str]]:
     (config.run_dir / "config").mkdir(exist_ok=True)
     started = subprocess.Popen(
         [sys.executable, "-m", "astracli.engines.vllm.server", str(path)], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
     try:
         yield started
@@ -125,7 +130,7 @@ async def conversation(config: EngineConfig, where: Path, root: Path) -> None:
         restage(root, ["v000005/manifest.full.json"])
         assert (await client.update(5, "abort", flush=True)).success
 
-        with pytest.raises(RunFailed, match="longer than the maximum"):
+        with pytest.raises(RunFailed, match="the engine's context is"):
             await client.generate([GenRequest([1] * 300_000, 1, rid="huge")])
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}) as plain:
             assert (await plain.post(f"{client.url}/unknown", json={})).status_code == 404
@@ -137,13 +142,36 @@ def test_a_server_is_used_from_its_first_weights_to_its_last(tmp_path: Path, hub
     with process(config) as watcher:
         try:
             until(lambda: is_ready(hub) or watcher.poll() is not None, 90)
+            below = psutil.Process(watcher.pid).children(recursive=True)
+            assert {address for address, _ in listening(one.pid for one in below)} == {"127.0.0.1"}
+            strangers(config.port)
             asyncio.run(conversation(config, where, tmp_path))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(watcher.pid, signal.SIGTERM)
             output, _ = watcher.communicate(timeout=60)
             print(output)
-    assert TOKEN not in output
+    assert TOKEN not in output and "listens at" not in output
+
+
+def strangers(port: int) -> None:
+    """The guards of the server are those of the run's other servers (tests/test_access.py has what they do)."""
+    url, token = f"http://127.0.0.1:{port}/model_info", {"Authorization": f"Bearer {TOKEN}"}
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers=token | {"Origin": "http://evil.test"}).status_code == 403
+    assert httpx.get(url, headers=token | {"Host": "evil.test"}).status_code == 421
+    with contextlib.ExitStack() as held:
+        for _ in range(connections.MOST + 50):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        assert httpx.get(url, headers=token).status_code == 200
+
+
+def test_a_server_that_listens_elsewhere_is_said(tmp_path: Path, hub: FakeHub) -> None:
+    with process(engine_config(tmp_path, hub, "open")) as watcher:
+        until(lambda: is_ready(hub) or watcher.poll() is not None, 90)
+        os.killpg(watcher.pid, signal.SIGTERM)
+        output, _ = watcher.communicate(timeout=60)
+    assert re.search(r"warning: engine0: vLLM listens at (\[::\]|0\.0\.0\.0):\d+, without the run's token", output)
 
 
 @pytest.mark.parametrize(("mode", "words"), [("oom", "GPU ran out of memory"), ("late", "GPU reported an error")])

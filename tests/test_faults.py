@@ -23,7 +23,7 @@ from hub_tools import open_store
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import shared
-from faults import damage, hosts, limits, malformed, network
+from faults import damage, hosts, malformed, network, strangers
 from faults.relay import Relay, Weather
 from faults.world import Row, World, phase, victim
 from loop.kill_resume import Attempt
@@ -90,7 +90,7 @@ def survivor(tmp_path_factory: pytest.TempPathFactory, forked: None) -> dict[str
 
     def flood() -> None:
         """Half-open requests without a token."""
-        for port in limits.ports_of(attempt.run) * 150:
+        for port in strangers.ports_of(attempt.run) * 150:
             with suppress(OSError):
                 held.append(socket.create_connection(("127.0.0.1", port), timeout=1))
                 held[-1].send(b"POST /lease HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: ")

@@ -76,6 +76,23 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "a pipe or a device" in refusal(capsys, "doctor", "--facts", str(tmp_path / "facts.json"))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json", "recipe.json", "changes.jsonl", "from.json"])
+def test_files_of_a_run_that_are_none(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a folder that others write to, too. No command waits, or reads without end; the list shows the other runs."""
+    for run_name in ("good", "odd"):
+        (place := tmp_path / run_name).mkdir()
+        (place / "recipe.json").write_text("{}")
+    file = tmp_path / "odd" / name
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        file.unlink(missing_ok=True)
+        make(file)
+        assert run(["runs", "list", "--root", str(tmp_path)]) == 0
+        assert "good" in capsys.readouterr().out
+        for command in ("status", "samples", "report"):
+            assert run(["runs", command, str(tmp_path / "odd")]) in (0, 2), command
+            assert "unexpected" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
@@ -89,6 +106,12 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_recipe_texts(name: str, text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_text(text)
     assert named in refusal(capsys, "recipes", "check", str(tmp_path / name))
+
+
+def test_problems_that_are_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "problems.jsonl")
+    for key in (f"data.source={tmp_path / 'problems.jsonl'}", f'eval.benchmarks=["{tmp_path / "problems.jsonl"}"]'):
+        assert "a pipe or a device" in refusal(capsys, "train", R, "--dry-run", "--set", key)
 
 
 def test_many_unknown_keys_are_answered_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

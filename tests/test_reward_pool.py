@@ -18,6 +18,7 @@ from astracli.errors import RunFailed, UserError
 from astracli.launch.inputs import check_rewards
 from astracli.rewards.grade_process import RewardSetting
 from astracli.rewards.reward import Grade, GradeItem, GradePool, Rewards, open_pools, validate_rewards
+from astracli.rewards.scores import MOST_PARTS, NOTE_CHARACTERS
 from astracli.rl.sample_log import group_line
 from astracli.rl.types import Group, Sample, pack_group, unpack_group
 
@@ -124,7 +125,21 @@ def daemon(completion):
     return 1.0
 
 def eats(completion):
-    return float(len(bytearray(2 << 30)) > 0)
+    return float(len(bytearray(10 << 30)) > 0)
+
+HUGE = {
+    "text": lambda: "x" * (200 << 20),
+    "list": lambda: [0.0] * (4 << 20),
+    "integer": lambda: 1 << (1 << 26),
+    "note": lambda: {"reward": 1.0, "why": "x" * (200 << 20)},
+    "figures": lambda: {"reward": 1.0, **{f"f{n}": n for n in range(50_000)}},
+}
+
+def huge(completion):
+    return HUGE[completion]()
+
+def chosen(completion):
+    return {"reward": 1.0, "adj": int(open("/proc/self/oom_score_adj").read())}
 '''
 
 
@@ -317,9 +332,28 @@ def test_a_daemon_of_a_reward_ends_with_its_process(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="not every platform bounds address space")
-def test_memory_of_a_reward_is_bounded(mine: None) -> None:
-    (found,) = grades(RewardSetting("mine:eats", memory_bytes=1 << 30), texts=("a",))
-    assert found.verdict == "error" and "MemoryError" in found.detail
+def test_a_reward_that_takes_ten_gigabytes_costs_its_sample_alone(mine: None) -> None:
+    for memory, words in ((1 << 30, "1"), (3 << 29, "1.5")):
+        (found,) = grades(RewardSetting("mine:eats", memory_bytes=memory), texts=("a",))
+        assert found.verdict == "error", found
+        assert f"MemoryError: more than the {words} GiB that this process may take (`data.reward_memory_gib`" in (
+            found.detail
+        )
+
+
+def test_a_huge_object_of_a_reward_costs_its_sample_alone(mine: None) -> None:
+    setting = RewardSetting("mine:huge", memory_bytes=4 << 30, timeout_s=60.0)
+    found = grades(setting, texts=("text", "list", "integer", "note", "figures"))
+    assert [one.verdict for one in found] == ["error", "error", "error", "right", "right"]
+    for one, words in zip(found, ("a str, not a number", "a list, not a number", "too large"), strict=False):
+        assert words in one.detail and len(one.detail) < 500
+    assert len(found[3].notes["why"]) == NOTE_CHARACTERS and len(found[4].parts) <= MOST_PARTS + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the killer of processes is Linux's")
+def test_the_system_ends_a_grader_first_when_memory_runs_out(mine: None) -> None:
+    (found,) = grades(RewardSetting("mine:chosen"), texts=("a",))
+    assert found.parts == {"adj": 1000.0}
 
 
 # -- before the start, and in an evaluation ----------------------------------------------------------------------------

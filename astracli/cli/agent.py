@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from astracli.config import reading
 from astracli.errors import UserError
 
 
@@ -90,7 +91,7 @@ def _url(text: str) -> str:
 
 def _token(file: str) -> str:
     try:
-        token = (sys.stdin.readline() if file == "-" else Path(file).read_text()).strip()
+        token = (sys.stdin.readline() if file == "-" else reading.text(Path(file))).strip()
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read token file `{file}`: {said}", "`astra train` says which file it is") from None

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tomllib
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,31 @@ DOCUMENT_BYTES = 64 << 20
 TOKENIZER_BYTES = 512 << 20
 
 
-def text(path: Path, limit: int = DOCUMENT_BYTES) -> str:
-    """The text of a regular file of at most `limit` bytes. Opening never waits, as it would for a named pipe.
+def opened(path: Path) -> BufferedReader:
+    """A regular file, to be read and closed. Opening never waits, as it would for a named pipe.
 
-    Raises OSError, whose `strerror` also says when it is no file or too large, and UnicodeDecodeError.
+    Raises OSError, whose `strerror` also says when it is no file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError:  # a NUL in the name
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-    with os.fdopen(handle, "rb") as file:
-        kind = os.fstat(handle).st_mode
-        if stat.S_ISDIR(kind):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(kind):
-            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    file = os.fdopen(handle, "rb")
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return file
+    file.close()
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
+def text(path: Path, limit: int = DOCUMENT_BYTES) -> str:
+    """The text of a regular file of at most `limit` bytes.
+
+    Raises OSError, whose `strerror` also says when it is no file or too large, and UnicodeDecodeError.
+    """
+    with opened(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB", str(path))

@@ -108,6 +108,8 @@ def find_local(source: str, data_dir: str | None = None) -> Path | None:
     """
     path = Path(source).expanduser()
     if path.exists():
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"`{source}` is a pipe or a device, not a file", "save what comes from it in a file")
         return path.resolve()
     if source.lower().endswith(SUFFIXES) or path.is_absolute() or source.startswith((".", "~")):
         kinds = ", ".join(FORMATS)

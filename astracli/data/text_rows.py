@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from astracli.config import reading
 from astracli.data import values
 from astracli.data.rows import Row, Rows
 from astracli.errors import UserError
@@ -31,7 +32,7 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.S)
 def _open(path: Path, shown: Path) -> IO[bytes]:
     """A UTF-8 file, at its beginning. Raises UserError, also for UTF-16."""
     try:
-        file = path.open("rb")
+        file = reading.opened(path)
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"`{shown}` is UTF-16, not UTF-8", "save it as UTF-8")
         file.seek(0)

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 import orjson
 
+from astracli.engines.asked import STAGED
 from astracli.engines.contract import Ended, GenRequest, GenResult, PauseMode, UpdateReply
 from astracli.engines.control import ControlThread
 from astracli.errors import RunFailed
@@ -32,8 +33,6 @@ from astracli.process import intact
 from astracli.process.http import Http, HttpError, Reply
 
 T = TypeVar("T")
-STAGED = "staged"
-"""`load_format` of an update that applies what is staged beside the engine."""
 _MEMORY = {"tags": ["kv_cache", "weights"]}
 """What an engine gives back for a trainer. (Recurrent states belong to the KV cache.)"""
 _RETRY_S = 0.1

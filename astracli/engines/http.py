@@ -14,6 +14,7 @@ from astracli.process import intact
 
 
 def error(status: int, message: str) -> JSONResponse:
+    message = message.encode("utf-8", "backslashreplace").decode()  # JSON may name half a character
     return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)
 
 
@@ -22,7 +23,7 @@ async def json_body(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(raw or b"{}")
     except (ValueError, RecursionError) as wrong:
-        raise UserError(f"the body is not JSON: {wrong}") from None
+        raise UserError(f"the body is not JSON: {wrong!s:.200}") from None
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")
     return body

@@ -102,6 +102,16 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     }
 
 
+def rank_store(config: EngineConfig) -> str:
+    """The URL of a new file by which the ranks of a server meet, without a socket: torch's own store listens on every
+    interface, for one rank too."""
+    place = RunDir(config.run_dir).stage.resolve() / f"{config.name}-ranks"
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "store"
+    file.unlink(missing_ok=True)  # of an engine that is started again
+    return file.as_uri()
+
+
 def probe(foreign: Foreign, config: EngineConfig, environment: Mapping[str, str]) -> dict[str, Any]:
     """What the engine's environment holds. It is written to RUN_DIR/environments/NAME.json, and what the run's own
     holds, this process's and the trainer's, to trainer.json beside it. Raises RunFailed."""
@@ -169,6 +179,14 @@ class Server:
     def died(self, what: str) -> RunFailed:
         return self.foreign.death(self.name, what, self.lines)
 
+    def listens_beyond(self, host: str) -> list[str]:
+        """Where it, or what it started, listens besides `host` and loopback."""
+        try:
+            top = psutil.Process(self._process.pid)
+            return ports.listens_beyond(host, [top, *top.children(recursive=True)])
+        except psutil.Error:
+            return []
+
     def stop(self) -> None:
         """End it and what it started. KILL at once: it holds nothing that is worth keeping."""
         if self._process.poll() is None:
@@ -189,6 +207,11 @@ def wait_ready(config: EngineConfig, server: Server, reporter: Reporter) -> None
         waited = time.monotonic() - began
         if answers(address, config.token, timeout_s=HEALTH_TIMEOUT_S):
             reporter.progress(start_s=round(time.monotonic() - began, 1))
+            if found := server.listens_beyond(config.recipe.launch.host):
+                reporter.warn(
+                    f"{config.name}: {server.foreign.title} listens at {', '.join(found)}, without the run's token, "
+                    "where other machines may reach it: keep them out by a firewall"
+                )
             return
         if waited > config.recipe.launch.ready_timeout_s:
             limit = config.recipe.launch.ready_timeout_s

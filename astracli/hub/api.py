@@ -158,7 +158,10 @@ class _Hub:
         return {"stop": self._store.stop_requested, "save": self._store.save_requested}
 
     def metrics(self, records: list[dict[str, Any]]) -> None:
-        """Lines of metrics.jsonl, one JSON object each: {"time", "step", "process", ...}."""
+        """Lines of metrics.jsonl, one JSON object each: {"time", "step", "process", ...}. A step is a whole number."""
+        for record in records:
+            if not metrics.readable(record):
+                raise BadRequest(f"`step` = {record['step']!r:.40}: of a record it is a whole number")
         if self._metrics_path is not None:
             metrics.append(self._metrics_path, records)
 

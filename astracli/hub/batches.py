@@ -190,7 +190,7 @@ class BatchBook:
         before it, so that either can be resumed from. A run that has no checkpoint and makes none cannot be resumed in
         the middle: nothing is kept but this step's groups, which the next one may train on again.
         """
-        while self._settings.own_batches and self.next_step <= step:
+        while self._settings.own_batches and self.next_step <= step < self._settings.steps:
             self._fix(self.next_step, [], None)
         with self._db.transaction() as sql:
             change = sql.execute("UPDATE batches SET acked = 1, version = ? WHERE step = ?", (version, step))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from astracli.config import recipe_io
+from astracli.config import reading, recipe_io
 from astracli.config.recipe import Recipe
 from astracli.data import fetch
 from astracli.errors import RunFailed, UserError
@@ -103,7 +103,7 @@ def exported_steps(run: RunDir) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for place in (run.export, *sorted(run.path.glob("export-*"))):
         try:
-            origin = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
+            origin = reading.document(place / ORIGIN)
         except (OSError, ValueError):
             continue
         if origin.get("layout") == "source":
@@ -228,7 +228,7 @@ def initial_checkpoint(run: RunDir) -> Path | None:
 def origin(run: RunDir) -> Origin | None:
     """Which run's weights a run started from; None when it started from a model."""
     try:
-        return Origin(**json.loads((run.path / "from.json").read_text(encoding="utf-8")))
+        return Origin(**reading.document(run.path / "from.json"))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

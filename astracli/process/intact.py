@@ -6,6 +6,7 @@ of others, which send none, are asked as before. A streamed answer has no header
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -81,9 +82,11 @@ class Intact:
                 more = message.get("more_body", False)
             body = b"".join(parts)
             if damaged(body, said.decode("latin-1")):
-                headers = [(REFUSED.encode(), b"1"), (b"connection", b"close"), (b"content-length", b"0")]
+                reason = json.dumps({"error": WORDS}).encode()
+                headers = [(REFUSED.encode(), b"1"), (b"connection", b"close")]
+                headers += [(b"content-type", b"application/json"), (b"content-length", str(len(reason)).encode())]
                 await send({"type": "http.response.start", "status": STATUS, "headers": headers})
-                await send({"type": "http.response.body", "body": b""})
+                await send({"type": "http.response.body", "body": reason})
                 return
         given = said is None
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import psutil
 
@@ -51,6 +53,26 @@ def held_ports(count: int, host: str, stack: ExitStack) -> list[int]:
 def url(host: str, port: int) -> str:
     """`http://HOST:PORT`; an IPv6 address in its brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listens_beyond(host: str, processes: Iterable[psutil.Process]) -> list[str]:
+    """Where processes of this user listen besides loopback and `host`, as `ADDRESS:PORT`."""
+    own = {str(info[4][0]) for info in _known(host)}
+    found = set()
+    for process in processes:
+        with suppress(psutil.Error):
+            for one in process.net_connections("tcp"):
+                address = one.laddr.ip if one.status == psutil.CONN_LISTEN else "127.0.0.1"
+                if not ipaddress.ip_address(address).is_loopback and address not in own:
+                    found.add(f"[{address}]:{one.laddr.port}" if ":" in address else f"{address}:{one.laddr.port}")
+    return sorted(found)
+
+
+def _known(host: str) -> list[Any]:
+    try:
+        return list(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except OSError:
+        return []
 
 
 def interface(host: str) -> str | None:

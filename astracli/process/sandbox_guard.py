@@ -23,6 +23,9 @@ COUNT_S = 0.05
 KILL_S = 10.0
 """Patience with processes that do not die of SIGKILL (in a system call that cannot be interrupted)."""
 
+FIRST_TO_GO = "1000"
+"""When the machine, or its control group, has no memory left, the system ends what runs here before all else: not the
+process that has most, which may be the trainer."""
 RESOURCES = {
     "memory_bytes": resource.RLIMIT_AS,
     "file_bytes": resource.RLIMIT_FSIZE,
@@ -136,6 +139,8 @@ class Guard:
                     most = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
                     resource.setrlimit(kind, (most, most))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            with suppress(OSError), open("/proc/self/oom_score_adj", "w") as chosen:  # Linux alone
+                chosen.write(FIRST_TO_GO)
             os.set_inheritable(self.control, False)
             os.execvpe(command[0], command, os.environ)
         except OSError as error:

@@ -110,6 +110,38 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
 
+def _server(app: ASGIApp, host: str | None) -> _Server:
+    protocol: Any = "h11"
+    if isinstance(app, TokenGuard):
+        app.host = host
+        protocol = type("Limited", (Guarded,), {"most": most_connections()})
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",  # `auto` takes whatever some other package installed
+        http=protocol,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+    )
+    return _Server(config)
+
+
+def _undelayed(sock: socket.socket) -> socket.socket:
+    """asyncio sets this only on sockets that were made with proto=IPPROTO_TCP; without it an answer waits 40 ms for a
+    delayed acknowledgement."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def guarded(app: TokenGuard, host: str, port: int) -> tuple[uvicorn.Server, socket.socket]:
+    """A server with the guards and limits of `ServerThread` for an event loop of the caller's, and the socket that it
+    serves: `await server.serve([sock])`. Raises RunFailed for a port that is taken."""
+    return _server(app, host), _undelayed(ports.bind(host, port))
+
+
 class ServerThread:
     """A uvicorn server in a daemon thread, on a socket that is bound already (`ports.bind`).
 
@@ -118,26 +150,8 @@ class ServerThread:
     """
 
     def __init__(self, app: ASGIApp, sock: socket.socket, host: str | None = None):
-        protocol: Any = "h11"
-        if isinstance(app, TokenGuard):
-            app.host = host
-            protocol = type("Limited", (Guarded,), {"most": most_connections()})
-        config = uvicorn.Config(
-            app,
-            loop="asyncio",  # `auto` takes whatever some other package installed
-            http=protocol,
-            ws="none",
-            log_level="error",
-            access_log=False,
-            lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
-        )
-        self._server = _Server(config)
-        # asyncio sets this only on sockets that were made with proto=IPPROTO_TCP; without it an answer waits 40 ms
-        # for a delayed acknowledgement.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = sock
+        self._server = _server(app, host)
+        self._socket = _undelayed(sock)
         self._thread = threading.Thread(target=self._server.run, args=([sock],), name="http", daemon=True)
 
     @property

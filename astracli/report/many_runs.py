@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from astracli.config import reading
 from astracli.errors import UserError
 from astracli.report import run_files
 from astracli.runs import documents, metrics
@@ -67,12 +68,13 @@ def graders(runs: Sequence[RunDir], names: Sequence[str]) -> dict[str, list[str]
 
 def newest_reward(run: RunDir) -> float | None:
     """Mean over the newest `REWARD_STEPS` steps of the reward of all that arrived, from the end of metrics.jsonl; None
-    before the first one."""
-    if not run.metrics_jsonl.exists():
+    before the first one, and where that file cannot be read: other runs stand in the same list."""
+    try:
+        with reading.opened(run.metrics_jsonl) as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
         return None
-    with run.metrics_jsonl.open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-        lines = file.read().splitlines()
     return metrics.mean([value for _, value in rewards(list(metrics.parse(lines)))[-REWARD_STEPS:]])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from astracli.config import reading
 from astracli.errors import UserError
 from astracli.runs import changes, documents, metrics, names
 from astracli.runs.run_dir import JOB_LOG, RunDir, paths
@@ -48,7 +49,7 @@ def row(run: RunDir) -> dict[str, Any]:
 def origin(run: RunDir) -> str | None:
     """The run whose weights a run started from, in words; None for one that started from a model."""
     try:
-        found = json.loads((run.path / "from.json").read_text(encoding="utf-8"))
+        found = reading.document(run.path / "from.json")
         return f"{found['run']}, step {found['step']}"
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -82,7 +83,7 @@ def log_files(run: RunDir, name: str | None = None) -> list[Path]:
 
 def last_lines(file: Path, count: int) -> list[str]:
     """The last `count` lines of a text file."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with io.TextIOWrapper(reading.opened(file), encoding="utf-8", errors="replace") as lines:
         return [line.rstrip("\n") for line in deque(lines, maxlen=count)]
 
 
@@ -92,7 +93,7 @@ def follow(files: list[Path], going: Callable[[], bool], interval_s: float = 0.2
     while True:
         more = going()
         for file in files:
-            with file.open("rb") as stream:
+            with reading.opened(file) as stream:
                 stream.seek(offsets[file])
                 content = stream.read()
             whole = content if not more else content[: content.rfind(b"\n") + 1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from astracli.config import reading
 from astracli.runs import documents, metrics
 from astracli.runs.run_dir import RunDir
 
@@ -64,7 +65,7 @@ def spread(rows: list[Row], count: int) -> list[Row]:
 
 def _rows(file: Path) -> Iterator[Row]:
     """What a page needs of a file's samples: of a run of days all of their tokens would be gigabytes."""
-    with file.open("rb") as lines:
+    with reading.opened(file) as lines:
         for row in metrics.parse(lines):
             lists = {key: row.get(key) or [] for key in ("tokens", "logprobs")}
             row |= {key: list(_clipped(values)) for key, values in lists.items()}
@@ -72,7 +73,7 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _lines(file: Path) -> int:
-    with file.open("rb") as stream:
+    with reading.opened(file) as stream:
         return sum(1 for _ in stream)
 
 
@@ -147,7 +148,10 @@ def _model_places(run: RunDir) -> Iterator[Path]:
     from astracli.errors import UserError
 
     yield run.export
-    path = documents.document(run.recipe_json)["model"]["path"]
+    try:
+        path = documents.document(run.recipe_json)["model"]["path"]
+    except (KeyError, TypeError) as error:
+        raise documents.damaged(run.recipe_json, f"it names no model ({error})") from None
     try:
         local = fetch.local_path(path)
     except UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ DETAIL_CHARACTERS = 4000
 """Of an error's traceback: its beginning and its end."""
 MOST_PARTS = 64
 """Figures that a reward may log beside its score, and texts besides."""
+MEMORY_KEY = "`data.reward_memory_gib`; fixed for mathematics"
 NAME_CHARACTERS, NOTE_CHARACTERS = 100, 1000
 """Of the name and the text of what is logged; the rest of a longer one is left out."""
 
@@ -47,6 +49,9 @@ def failed(error: BaseException) -> Scored:
 
 
 def _words(error: BaseException) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if isinstance(error, MemoryError) and limit != resource.RLIM_INFINITY:
+        return f"MemoryError: more than the {limit / (1 << 30):.3g} GiB that this process may take ({MEMORY_KEY})"
     try:
         said = str(error)[: 2 * DETAIL_CHARACTERS]
     except Exception:

@@ -10,13 +10,16 @@ Shape letters: T tokens of one sample, N drawn tokens among them, S samples of a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import msgpack
 import numpy as np
 import xxhash
 
+T = TypeVar("T")
 DIGEST_BYTES = 8
+LATEST = 2**31 - 1
+"""Largest version of a segment."""
 Verdict = Literal["right", "wrong", "timeout", "error", "no_answer"]
 FinishReason = Literal["stop", "length"]
 
@@ -159,34 +162,54 @@ def unpack_group(blob: bytes) -> Group:
         doc = msgpack.unpackb(packed)
         samples = [
             Sample(
-                index=s["index"],
-                finish_reason=s["finish"],
-                reward=float(s["reward"]),
-                verdict=s["verdict"],
-                text=s["text"],
-                segments=[_segment(*segment) for segment in s["segments"]],
-                parts=s.get("parts", {}),
-                notes=s.get("notes", {}),
+                index=_of(int, s["index"]),
+                finish_reason=_one_of(get_args(FinishReason), s["finish"]),
+                reward=_figure(s["reward"]),
+                verdict=_one_of(get_args(Verdict), s["verdict"]),
+                text=_of(str, s["text"]),
+                segments=[_segment(*segment) for segment in _of(list, s["segments"])],
+                parts={_of(str, name): _figure(part) for name, part in _of(dict, s.get("parts", {})).items()},
+                notes={_of(str, name): _of(str, note) for name, note in _of(dict, s.get("notes", {})).items()},
             )
-            for s in doc["samples"]
+            for s in _of(list, doc["samples"])
         ]
         return Group(
-            lease_id=int(doc["lease_id"]),
-            problem_id=doc["problem_id"],
-            prompt_tokens=np.frombuffer(doc["prompt"], "<i4").astype(np.int32),
-            problem=doc["problem"],
-            answer=doc["answer"],
-            meta=doc["meta"],
+            lease_id=_of(int, doc["lease_id"]),
+            problem_id=_of(str, doc["problem_id"]),
+            prompt_tokens=np.frombuffer(_of(bytes, doc["prompt"]), "<i4").astype(np.int32),
+            problem=_of(str, doc["problem"]),
+            answer=_of(str, doc["answer"]),
+            meta={_of(str, name): value for name, value in _of(dict, doc["meta"]).items()},
             samples=samples,
         )
     except (KeyError, TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
-        raise ValueError(f"not a packed group: {error!r}") from error
+        raise ValueError(f"not a packed group: {error!r:.300}") from error
+
+
+def _of(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r:.60} is no {kind.__name__}")
+    return value
+
+
+def _one_of(known: tuple[Any, ...], value: Any) -> Any:
+    if value not in known:
+        raise ValueError(f"{value!r:.60} is none of {', '.join(known)}")
+    return value
+
+
+def _figure(value: Any) -> float:
+    if not isinstance(value, int | float) or not abs(value) < np.inf:
+        raise ValueError(f"{value!r:.60} is no finite number")
+    return float(value)
 
 
 def _segment(version: int | None, tokens: bytes, logprobs: bytes) -> Segment:
+    if version is not None and not 0 <= _of(int, version) <= LATEST:
+        raise ValueError(f"{version} is no version")
     if len(logprobs) != (0 if version is None else len(tokens)):
         whose = "masked segment" if version is None else "segment"
         raise ValueError(f"{whose} with {len(tokens) // 4} tokens and {len(logprobs) // 4} log-probabilities")
-    tokens_t, logprobs_t = np.frombuffer(tokens, "<i4"), np.frombuffer(logprobs, "<f4")
-    version = None if version is None else int(version)
+    tokens_t = np.frombuffer(_of(bytes, tokens), "<i4")
+    logprobs_t = np.frombuffer(_of(bytes, logprobs), "<f4")
     return Segment(version, tokens_t.astype(np.int32), logprobs_t.astype(np.float32))

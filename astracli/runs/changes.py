@@ -43,8 +43,11 @@ def record(run: RunDir, step: int, attempt: int, changes: Changes) -> dict[str, 
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:
-    """The lines of `changes.jsonl`, oldest first; [] for a run that kept its recipe."""
-    return metrics.read(run.changes_jsonl)
+    """The lines of `changes.jsonl`, oldest first; [] for a run that kept its recipe, and where none can be read."""
+    try:
+        return metrics.read(run.changes_jsonl)
+    except OSError:
+        return []
 
 
 def words(line: Mapping[str, Any]) -> str:

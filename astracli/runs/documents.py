@@ -22,7 +22,7 @@ def damaged(path: Path, what: object) -> UserError:
 def document(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError."""
     try:
-        found = reading.from_json(path.read_text(encoding="utf-8"))
+        found = reading.document(path)
     except ValueError as error:
         raise damaged(path, error) from None
     if not isinstance(found, dict):
@@ -33,7 +33,7 @@ def document(path: Path) -> dict[str, Any]:
 def lines(path: Path, *wanted: str) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, which have all keys `wanted`."""
     found = []
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 row = reading.from_json(line.decode("utf-8"))

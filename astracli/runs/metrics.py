@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from astracli.config import doors
+from astracli.config import doors, reading
 from astracli.errors import UserError
 
 Record = dict[str, Any]
@@ -82,17 +82,22 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def parse(lines: Iterable[str | bytes]) -> Iterator[Record]:
-    """Records of JSONL lines; a torn or damaged line (a writer was killed) is left out, and so is a `step` that is
-    null."""
+    """Records of JSONL lines; a torn or damaged one (a writer was killed) is left out, so is a `step` that is null."""
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and readable(record):
             if record.get("step", 0) is None:
                 del record["step"]
             yield record
+
+
+def readable(record: Mapping[str, Any]) -> bool:
+    """Whether its step, where it has one, is a whole number or null."""
+    step = record.get("step")
+    return step is None or (isinstance(step, int) and not isinstance(step, bool))
 
 
 def without_absent(record: Record) -> Record:
@@ -106,7 +111,7 @@ def read(path: Path) -> list[Record]:
     """All records of a run, in file order; [] when there is no file."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         return list(parse(file))
 
 
@@ -120,7 +125,7 @@ class Tail:
     def new(self) -> list[Record]:
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
+        with reading.opened(self._path) as file:
             file.seek(self._offset)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from astracli.config import reading
+
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """How a cell begins that a spreadsheet executes. Names of benchmarks are names of files, which come from anywhere."""
 
@@ -23,7 +25,7 @@ def text_of(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of such a file, as they were given."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(reading.opened(path), encoding="utf-8", newline="") as file:
         return [{_plain(k): _plain(v) for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
 
 

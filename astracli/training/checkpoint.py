@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from astracli.config import reading
 from astracli.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
     if not match:
         return None
     try:
-        files = json.loads((path / COMPLETE).read_text())["files"]
-        meta = json.loads((path / META).read_text())
+        files = reading.document(path / COMPLETE)["files"]
+        meta = reading.document(path / META)
         if meta["format"] != FORMAT:
             raise RunFailed(
                 f"checkpoint `{path}` has format {meta['format']}, this astra reads {FORMAT}",
@@ -118,7 +119,7 @@ def read(path: Path, *, digests: bool = True) -> Checkpoint | None:
 def digest_of(path: Path) -> str:
     import xxhash
 
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 

@@ -1,20 +1,17 @@
-"""Small machines and strangers: little shared memory, few descriptors or processes, one core, a killer of processes
-that use too much memory, rewards that fork or take all memory, floods of connections, other users, a page in a browser,
-two runs in one place, locks that the file system refuses, a package that changed under a resume."""
+"""Small machines: little shared memory, few descriptors or processes, one core, a killer of processes that use too much
+memory, rewards that fork or take all memory, other users, two runs in one place, locks that the file system refuses, a
+package that changed under a resume."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import astracli
 from faults.network import hooked
@@ -26,6 +23,7 @@ NOBODY = 65534
 EVIL = {
     "bomb": "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
     "memory": "    kept = []\n    while True: kept.append(bytearray(b'1' * (1 << 26)))\n",
+    "ten": "    return float(len(bytearray(b'1') * (10 << 30)))\n",
     "daemon": "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n"
     "            os.closerange(0, 64); time.sleep(600)\n        os._exit(0)\n",
 }  # fmt: skip
@@ -86,13 +84,20 @@ def evil(world: World, what: str, row: Row) -> Row:
     kind, limit, value = {
         "bomb": ("pids", "pids.max", 400),
         "memory": ("memory", "memory.limit_in_bytes", 4 << 30),
+        "ten": ("memory", "memory.limit_in_bytes", 4 << 30),
         "daemon": ("pids", "pids.max", 400),
     }[what]
     with cgroup(kind, what, limit, value) as group:
         sets = (evil_reward(world, what), "data.reward_timeout_s=1", "eval.every=0")
+        sets += ("data.reward_memory_gib=1",) if what == "ten" else ()
         run = world.folder / f"evil_{what}"
         attempt = world.start(run, 3, sets, before=under(group))
-        return world.judge(row, attempt, ())
+        row = world.judge(row, attempt, ())
+    if what == "ten":  # told with the lines of the reward where it happened
+        row.problems = [one for one in row.problems if not one.startswith("a traceback")]
+        if "MemoryError: more than the 1 GiB that this process may take" not in attempt.log.read_text():
+            row.problems.append("the limit is not said")
+    return row
 
 
 def out_of_memory(world: World, name: str, row: Row) -> Row:
@@ -114,59 +119,7 @@ def out_of_memory(world: World, name: str, row: Row) -> Row:
     return world.finish(run, row)
 
 
-# ---- strangers
-
-
-def flood(world: World, row: Row, connections: int = 1300) -> Row:
-    """Half-open requests to the hub and the engine, at a limit of 1,024 descriptors."""
-    run = world.folder / "flood"
-    attempt = world.start(run, 14, before=("prlimit", "--nofile=1024:1024"))
-    attempt.wait(lambda: bool(attempt.steps()))
-    held: list[socket.socket] = []
-    for port in ports_of(run) * (connections // 2):
-        with suppress(OSError):
-            held.append(socket.create_connection(("127.0.0.1", port), timeout=2))
-            held[-1].send(b"POST /lease HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: ")
-    row.where += f", {len(held)} opened"
-    row = world.judge(row, attempt, ())
-    for each in held:
-        each.close()
-    row.problems += world.books(run)
-    return row
-
-
-def ports_of(run: Path) -> list[int]:
-    config = json.loads((run / "config" / "rollout.json").read_text())
-    return [urlsplit(url).port or 0 for url in (config["hub_url"], config["engines"][0]["url"])]
-
-
-def browser(world: World, row: Row) -> Row:
-    """What a page can send, with curl and the right token too: by fetch, by a form, from a name that was pointed here.
-    None of it is answered, and no answer allows a page to read it."""
-    run = world.folder / "browser"
-    attempt = world.start(run, 14)
-    attempt.wait(lambda: bool(attempt.steps()))
-    token = json.loads((run / "config" / "rollout.json").read_text())["token"]
-    bearer = ("-H", f"Authorization: Bearer {token}")
-    asked = [
-        ("-X", "OPTIONS", "-H", "Origin: http://evil.test", "-H", "Access-Control-Request-Method: POST"),
-        ("-H", "Origin: http://evil.test", *bearer),
-        ("-H", "Origin: null", *bearer),
-        ("-H", "Host: evil.test", *bearer),
-        ("-d", "a=b"),
-        ("-H", "Sec-Fetch-Site: cross-site"),
-    ]
-    for port in ports_of(run):
-        for path in ("/state", "/generate", "/"):
-            for words in asked:
-                line = ["curl", "-s", "-i", "-m", "5", "--noproxy", "*", *words, f"http://127.0.0.1:{port}{path}"]
-                said = subprocess.run(line, capture_output=True, text=True).stdout
-                status = said.split()[1] if said.startswith("HTTP/") else "nothing"
-                if status not in ("401", "403", "421") or "access-control-allow" in said.lower():
-                    row.problems.append(f"{path} {words[:2]}: {status}")
-    row.where += f", {2 * 3 * len(asked)} requests"
-    row = world.judge(row, attempt, ())
-    return row
+# ---- another user
 
 
 def another_user(world: World, row: Row, *limits: str, home: str = "/nonexistent", causes: tuple[str, ...] = ()) -> Row:
@@ -269,13 +222,12 @@ ROWS: dict[str, tuple[str, str, Work]] = {
     "home": ("home that cannot be written", "another user", another_user),
     "bomb": ("fork bomb in a reward", "400 processes", lambda w, r: evil(w, "bomb", r)),
     "memory": ("reward that takes all memory", "4 GiB", lambda w, r: evil(w, "memory", r)),
+    "ten": ("reward that takes 10 GB", "data.reward_memory_gib = 1", lambda w, r: evil(w, "ten", r)),
     "daemon": ("reward that leaves daemons", "", lambda w, r: evil(w, "daemon", r)),
     **{
         f"oom-{name}": ("killed for its memory", name, lambda w, r, n=name: out_of_memory(w, n, r))
         for name in ("engine0", "rollout", "trainer", "eval", "grader")
     },
-    "flood": ("flood of connections", "1,024 descriptors", flood),
-    "browser": ("page in a browser", "hub and engine", browser),
     "twice": ("two runs", "in one directory", twice),
     "beside": ("two runs", "in one folder", beside),
     "nfs": ("locks refused", "ENOLCK", lambda w, r: locks(w, r, "ENOLCK")),

@@ -6,7 +6,9 @@
     python bench/faults/run.py network | clock
     python bench/faults/run.py wire [--attempts 12]
     python bench/faults/run.py limits [--only shm descriptors bomb oom-trainer ...]      some as root, with cgroups
+    python bench/faults/run.py strangers [--only two-ranks ipv6 flood page ...]         `private` as root
     python bench/faults/run.py inputs [--count 200]
+    python bench/faults/run.py requests [--count 500]
 
 Each row ends in one of three ways: the run finished, it was interrupted, or it ended with its cause in one line, the
 right exit code and a hint. Then no process, shared memory or temporary file may be left, `status.json` must say the
@@ -29,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import shared
 from shared import folder, more_options, show
 
-from faults import damage, disks, kills, limits, malformed, network
-from faults.world import Row, World
+from faults import damage, disks, kills, limits, malformed, network, requests, served, strangers
+from faults.world import Row, World, attempted
 
 Group = Callable[[World, argparse.Namespace], list[Row]]
 
@@ -60,6 +62,12 @@ def _inputs(world: World, args: argparse.Namespace) -> list[Row]:
     return malformed.summed(malformed.tried(world.folder / "inputs", args.seed, args.count))
 
 
+def _requests(world: World, args: argparse.Namespace) -> list[Row]:
+    with served.all_of(world.folder / "served") as (hub, listeners):
+        rows = requests.tried(listeners, args.seed, args.count)
+        return [*rows, attempted(Row("malformed requests", "what the hub took"), lambda row: hub.understood(row))]
+
+
 GROUPS: dict[str, tuple[Group, dict[str, object]]] = {
     "kills": (
         _kills,
@@ -73,7 +81,9 @@ GROUPS: dict[str, tuple[Group, dict[str, object]]] = {
     "wire": (lambda world, args: network.damaged(world, args.attempts), {"attempts": 12}),
     "clock": (lambda world, _: network.clocks(world), {}),
     "inputs": (_inputs, {"count": 200}),
+    "requests": (_requests, {"count": 500}),
     "limits": (lambda world, args: limits.rows(world, args.only), {"only": list(limits.ROWS)}),
+    "strangers": (lambda world, args: strangers.rows(world, args.only), {"only": list(strangers.ROWS)}),
     "disks": (_disks, {"moments": 6, "kinds": list(disks.KINDS)}),
 }
 

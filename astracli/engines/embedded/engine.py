@@ -5,16 +5,14 @@ Everything that touches the model runs in the decode thread (`loop`), from other
 
 from __future__ import annotations
 
-import math
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from astracli.engines import asked as requests
 from astracli.engines.contract import GenResult, UpdateReply
 from astracli.engines.embedded import kernels
 from astracli.engines.embedded.decoder import Decoder
@@ -22,7 +20,6 @@ from astracli.engines.embedded.scheduler import Scheduler
 from astracli.engines.embedded.table import Request
 from astracli.engines.embedded.weights import EngineWeights, Loader
 from astracli.engines.stops import StopStrings
-from astracli.errors import UserError
 from astracli.kernels.cpu import linear
 from astracli.kernels.cpu.memory import GiveBack
 from astracli.models.adapter import load_tokenizer
@@ -33,14 +30,6 @@ from astracli.weights.receive.watcher import StageWatcher
 
 GIVE_BACK_EVERY = 1024
 """Decoding steps."""
-LONGEST_ID = 256
-"""Characters of a request id."""
-_SAMPLING_KEYS = frozenset(
-    {
-        "temperature", "top_p", "max_new_tokens", "stop_token_ids", "stop", "sampling_seed", "ignore_eos",
-        "skip_special_tokens",
-    }
-)  # fmt: skip
 
 
 class NotServing(Exception):
@@ -97,66 +86,28 @@ class EmbeddedEngine:
         if self.weights.problem is not None:
             raise NotServing(self.weights.problem)
         self._calls += 1
-        requests = self._requests(body)
-        for index, request in enumerate(requests):
+        found = self._requests(body)
+        for index, request in enumerate(found):
             request.deliver = lambda completion, index=index: ended(index, completion)  # type: ignore[misc]
-        self.scheduler.submit(requests)
-        return [request.rid for request in requests]
+        self.scheduler.submit(found)
+        return [request.rid for request in found]
 
     def _requests(self, body: Mapping[str, Any]) -> list[Request]:
-        ids = body.get("input_ids")
-        if not isinstance(ids, list) or not ids:
-            raise UserError("input_ids must be a list of token ids, or a list of such lists")
-        prompts = ids if isinstance(ids[0], list) else [ids]
-        count = len(prompts)
-        params = _spread(body.get("sampling_params") or {}, count, "sampling_params")
-        rids = _spread(body.get("rid"), count, "rid")
-        offsets = _spread(body.get("draw_offset", 0), count, "draw_offset")
-        try:
-            return [
-                self._request(prompt, param, rid, offset)
-                for prompt, param, rid, offset in zip(prompts, params, rids, offsets, strict=True)
-            ]
-        except (TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"malformed request: {error}") from None
+        asked = requests.read(body, vocabulary=self._vocab, context_length=self._context_length)
+        return [self._request(one) for one in asked]
 
-    def _request(self, ids: list[int], params: Mapping[str, Any], rid: str | None, offset: int) -> Request:
-        if not isinstance(params, dict):
-            raise UserError("sampling_params must be an object, or a list of objects")
-        if unknown := sorted(params.keys() - _SAMPLING_KEYS):
-            raise UserError(f"sampling parameters {', '.join(unknown)} are not known to the embedded engine")
-        prompt = np.array(ids, np.int64)
-        if prompt.ndim != 1 or not len(prompt) or prompt.min() < 0 or prompt.max() >= self._vocab:
-            raise UserError(f"a prompt must be a non-empty list of token ids in [0, {self._vocab})")
-        room = self._context_length - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, the engine's context is {self._context_length}",
-                "raise rollout.context_length or lower data.max_prompt_tokens",
-            )
-        temperature, top_p = float(params.get("temperature", 1.0)), float(params.get("top_p", 1.0))
-        budget = _whole(params.get("max_new_tokens", room), "max_new_tokens", 1)
-        if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
-            raise UserError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1]")
-        if rid is not None and not (isinstance(rid, str) and rid.isascii() and 0 < len(rid) <= LONGEST_ID):
-            raise UserError(f"a request id is a string of at most {LONGEST_ID} ASCII characters")
-        stops = {_whole(token, "stop_token_ids", 0) for token in params.get("stop_token_ids") or ()}
-        if not params.get("ignore_eos"):
-            stops |= self._eos
-        texts = params.get("stop") or ()
-        seed = params.get("sampling_seed")
+    def _request(self, asked: requests.Asked) -> Request:
+        stops = set(asked.stop_token_ids) | (frozenset() if asked.ignore_eos else self._eos)
         return Request(
-            rid=rid or uuid.uuid4().hex,
-            prompt=prompt,
-            max_new_tokens=min(budget, room),
-            temperature=temperature,
-            top_p=top_p,
+            rid=asked.rid or uuid.uuid4().hex,
+            prompt=asked.prompt,
+            max_new_tokens=asked.max_new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
             stop_token_ids=tuple(sorted(stops)),
-            seed=secrets.randbits(63) if seed is None else _whole(seed, "sampling_seed", -(2**63), 2**64),
-            draw_offset=_whole(offset or 0, "draw_offset", 0),
-            stop=StopStrings(tuple(map(str, texts)), self._tokenizer) if texts else None,
+            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+            draw_offset=asked.draw_offset,
+            stop=StopStrings(asked.stop, self._tokenizer) if asked.stop else None,
             call=self._calls,
         )
 
@@ -224,23 +175,6 @@ class EmbeddedEngine:
         if self.scheduler.paused is not None:
             return f"continue_generation (paused, mode {self.scheduler.paused})"
         return "requests"
-
-
-def _whole(value: Any, name: str, least: int, below: int = 2**31) -> int:
-    """A whole number of a request. What the decode thread cannot hold would end it, and with it every request."""
-    number = int(value)
-    if not least <= number < below:
-        raise UserError(f"{name} {str(value)[:20]} must be a whole number from {least} to under {below}")
-    return number
-
-
-def _spread(value: Any, count: int, name: str) -> Sequence[Any]:
-    """One value for all prompts, or a list with one for each."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise UserError(f"{name} has {len(value)} entries for {count} prompts")
-    return value
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from astracli.engines.client import STAGED
+from astracli.engines.asked import is_batch, update
 from astracli.engines.contract import GenResult, PauseMode
 from astracli.engines.http import disconnected, error, events, json_body
 from astracli.errors import UserError
@@ -86,8 +86,7 @@ async def _generate(engine: EmbeddedEngine, request: Request) -> Response:
     found = {place: answer async for place, answer in answers}
     if len(found) < len(rids):
         return Response(status_code=499)
-    batched = isinstance(body["input_ids"][0], list)
-    return JSONResponse([found[place] for place in range(len(rids))] if batched else found[0])
+    return JSONResponse([found[place] for place in range(len(rids))] if is_batch(body) else found[0])
 
 
 async def _answers(
@@ -137,7 +136,7 @@ async def _abort(engine: EmbeddedEngine, request: Request) -> Response:
 async def _pause(engine: EmbeddedEngine, request: Request) -> Response:
     mode = (await json_body(request)).get("mode", "abort")
     if mode not in get_args(PauseMode):
-        raise UserError(f"pause mode {mode!r} is not one of {', '.join(get_args(PauseMode))}")
+        raise UserError(f"pause mode {mode!r:.40} is not one of {', '.join(get_args(PauseMode))}")
     await _between_steps(engine, lambda: engine.scheduler.pause(mode))
     return JSONResponse({"status": "ok", "message": "paused"})
 
@@ -148,13 +147,6 @@ async def _continue(engine: EmbeddedEngine, request: Request) -> Response:
 
 
 async def _update(engine: EmbeddedEngine, request: Request) -> Response:
-    body = await json_body(request)
-    if body.get("load_format") != STAGED:
-        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`: an update applies what is staged")
-    try:
-        version = int(body["weight_version"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"weight_version {body.get('weight_version')!r} is not a whole number") from None
-    flush = bool(body.get("flush_cache", True))
+    version, flush = update(await json_body(request))
     reply = await _between_steps(engine, lambda: engine.apply_staged(version, flush=flush))
     return JSONResponse(vars(reply), status_code=200 if reply.success else 400)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from astracli.engines import watched
 from astracli.engines.contract import UNPROVEN, flushes
 from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
 from astracli.engines.sglang.settings import own
@@ -115,11 +116,7 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
 
 def rendezvous(config: EngineConfig) -> dict[str, str]:
     """The server's ranks meet by a new file, without a socket."""
-    place = RunDir(config.run_dir).stage.resolve() / f"{config.name}-ranks"
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / "store"
-    file.unlink(missing_ok=True)  # of an engine that is started again
-    return {RENDEZVOUS: file.as_uri()}
+    return {RENDEZVOUS: watched.rank_store(config)}
 
 
 def graph_sizes(slots: int) -> list[int]:

@@ -14,8 +14,11 @@ their keys and values are computed again with the new weights, `in_place` leaves
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
+
+from astracli.engines.asked import Asked
+from astracli.errors import UserError
 
 UNPROVEN = -1
 _SEED_BITS = (1 << 63) - 1
@@ -24,14 +27,21 @@ _STRIDE = 0x9E3779B97F4A7C15
 
 
 class VllmEngine:
-    """`llm`: vLLM's AsyncLLM. `sampling`: makes its SamplingParams of keywords."""
+    """`llm`: vLLM's AsyncLLM. `sampling`: makes its SamplingParams of keywords. `context_length`: prompt and completion
+    together, tokens; `sleeps`: it can give its memory back.
+
+    What would end vLLM's process is refused here (UserError): to draw or to update without memory, an id that the model
+    does not have.
+    """
 
     def __init__(
-        self, llm: Any, sampling: Callable[..., Any], *, model: str, serving: bool, seeded: bool, cached: bool
-    ):
+        self, llm: Any, sampling: Callable[..., Any], *, model: str, serving: bool, seeded: bool, cached: bool,
+        vocabulary: int, context_length: int, sleeps: bool,
+    ):  # fmt: skip
         self.llm, self.model, self.seeded, self.cached = llm, model, seeded, cached
+        self.vocabulary, self.context_length, self.sleeps = vocabulary, context_length, sleeps
         self._sampling = sampling
-        self.paused = False
+        self.paused = self.asleep = False
         self.problem: str | None = None if serving else "waiting for its weights"
         self._versions: list[tuple[float, int]] = [(0.0, 0 if serving else UNPROVEN)]
         """(from when, version) of every version that was served."""
@@ -54,36 +64,39 @@ class VllmEngine:
 
     # ---- requests
 
-    async def generate(self, ids: Sequence[int], sampling: Mapping[str, Any], rid: str, offset: int) -> dict[str, Any]:
-        """One request to its end; the answer of `/generate`."""
+    def generate(self, asked: Asked) -> Coroutine[Any, Any, dict[str, Any]]:
+        """One request to its end; the answer of `/generate`. Raises ValueError, at once, for what vLLM refuses."""
+        return self._generate(asked, self._parameters(asked))
+
+    async def _generate(self, asked: Asked, parameters: Any) -> dict[str, Any]:
         self._count += 1
+        rid = asked.rid or str(self._count)
         own = f"{rid}-{self._count}"  # vLLM wants each name once
-        prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
+        prompt: dict[str, Any] = {"prompt_token_ids": asked.prompt.tolist()}
         if self.cached:
             prompt["cache_salt"] = str(self.version)  # keys and values of other weights never serve this request
         began, asked_of = time.monotonic(), self.version
         self._running.add(own)
         final = None
         try:
-            async for output in self.llm.generate(prompt, self._parameters(sampling, offset), own):
+            async for output in self.llm.generate(prompt, parameters, own):
                 final = output
         finally:
             self._running.discard(own)
         return self._answer(final, rid, asked_of, time.monotonic() - began)
 
-    def _parameters(self, sampling: Mapping[str, Any], offset: int) -> Any:
-        stop = list(sampling.get("stop") or [])
-        seed = (int(sampling.get("sampling_seed", 0)) + offset * _STRIDE) & _SEED_BITS
+    def _parameters(self, asked: Asked) -> Any:
+        seed = ((asked.seed or 0) + asked.draw_offset * _STRIDE) & _SEED_BITS
         return self._sampling(
-            temperature=sampling.get("temperature", 1.0),
-            top_p=sampling.get("top_p", 1.0),
-            max_tokens=sampling["max_new_tokens"],
-            stop_token_ids=list(sampling.get("stop_token_ids") or []),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            max_tokens=asked.max_new_tokens,
+            stop_token_ids=list(asked.stop_token_ids),
             ignore_eos=True,  # what ends a completion stands in the request alone
-            stop=stop,
-            include_stop_str_in_output=bool(stop),
+            stop=list(asked.stop),
+            include_stop_str_in_output=bool(asked.stop),
             skip_special_tokens=False,
-            detokenize=bool(stop),
+            detokenize=bool(asked.stop),
             logprobs=0,  # of the drawn token alone
             seed=seed if self.seeded else None,
         )
@@ -129,15 +142,28 @@ class VllmEngine:
             await self.llm.reset_prefix_cache(reset_running_requests=True)
 
     async def resume(self) -> None:
+        self._awake()
         await self.llm.resume_generation()
         self.paused = False
 
+    def _awake(self) -> None:
+        if self.asleep:
+            raise UserError("the engine has given its memory back: /resume_memory_occupation comes first")
+
     async def sleep(self) -> None:
+        if not self.sleeps:
+            raise UserError("the engine cannot give its memory back: it was started without `enable_sleep_mode`")
+        if self.asleep:
+            return
+        self.asleep = True
         await self.llm.collective_rpc("astra_settle")
         await self.llm.sleep(level=1)
 
     async def wake(self) -> None:
+        if not self.asleep:
+            return
         await self.llm.wake_up()
+        self.asleep = False
         if self.paused:  # waking goes on with scheduling
             await self.llm.pause_generation(mode="keep", clear_cache=False)
 
@@ -145,6 +171,7 @@ class VllmEngine:
 
     async def apply_staged(self, version: int, *, flush: bool) -> tuple[bool, str, dict[str, Any]]:
         """(success, message, outcome). What failed is not served: only a version that was proven is."""
+        self._awake()
         self.problem = f"version {version} is being applied"
         ranks = await self.llm.collective_rpc("astra_apply")
         wrong = next((found for found in ranks if not found["ok"] or found["version"] != version), None)

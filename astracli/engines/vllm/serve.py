@@ -16,19 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from astracli.engines.asked import is_batch, read, update
 from astracli.engines.http import disconnected, error, events, json_body
 from astracli.engines.vllm.engine import VllmEngine
 from astracli.errors import UserError
-from astracli.process.server import TokenGuard
+from astracli.process.server import TokenGuard, guarded
 
-STAGED = "staged"
-"""`load_format` of an update that applies what is staged beside the engine (`engines.client`)."""
 MODES = ("abort", "retract", "in_place")
 GONE_S = 0.05
 
@@ -70,14 +68,13 @@ async def _info(engine: VllmEngine, request: Request) -> Response:
 
 async def _generate(engine: VllmEngine, request: Request) -> Response:
     body = await json_body(request)
-    prompts, sampling = body.get("input_ids"), body.get("sampling_params")
-    if not isinstance(prompts, list) or not isinstance(sampling, list) or len(prompts) != len(sampling):
-        raise UserError("/generate takes `input_ids` and `sampling_params`, two lists of one length")
+    asked = read(body, vocabulary=engine.vocabulary, context_length=engine.context_length)
     if engine.problem is not None:
         return error(503, f"not serving: {engine.problem}")
-    rids = body.get("rid") or [str(place) for place in range(len(prompts))]
-    offsets = body.get("draw_offset") or [0] * len(prompts)
-    calls = [engine.generate(*one) for one in zip(prompts, sampling, rids, offsets, strict=True)]
+    try:
+        calls = [engine.generate(one) for one in asked]
+    except ValueError as refused:  # what vLLM says of parameters
+        raise UserError(str(refused)) from None
     answers = _answers(request, calls)
     if body.get("stream"):
         return StreamingResponse(events(answers), media_type="text/event-stream")
@@ -87,7 +84,7 @@ async def _generate(engine: VllmEngine, request: Request) -> Response:
         raise UserError(str(refused)) from None
     if len(found) < len(calls):
         return Response(status_code=499)
-    return JSONResponse([found[place] for place in range(len(calls))])
+    return JSONResponse([found[place] for place in range(len(calls))] if is_batch(body) else found[0])
 
 
 async def _answers(request: Request, calls: list[Any]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
@@ -115,7 +112,7 @@ async def _abort(engine: VllmEngine, request: Request) -> Response:
 async def _pause(engine: VllmEngine, request: Request) -> Response:
     mode = (await json_body(request)).get("mode", "abort")
     if mode not in MODES:
-        raise UserError(f"pause mode {mode!r} is not one of {', '.join(MODES)}")
+        raise UserError(f"pause mode {mode!r:.40} is not one of {', '.join(MODES)}")
     await engine.pause(mode)
     return JSONResponse({"status": "ok", "message": "paused"})
 
@@ -136,14 +133,8 @@ async def _take(engine: VllmEngine, request: Request) -> Response:
 
 
 async def _update(engine: VllmEngine, request: Request) -> Response:
-    body = await json_body(request)
-    if body.get("load_format") != STAGED:
-        raise UserError(f"load_format {body.get('load_format')!r} is not `{STAGED}`: an update applies what is staged")
-    try:
-        version = int(body["weight_version"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"weight_version {body.get('weight_version')!r} is not a whole number") from None
-    success, message, outcome = await engine.apply_staged(version, flush=bool(body.get("flush_cache", True)))
+    version, flush = update(await json_body(request))
+    success, message, outcome = await engine.apply_staged(version, flush=flush)
     document = {"success": success, "message": message, "outcome": outcome}
     return JSONResponse(document, status_code=200 if success else 400)
 
@@ -164,13 +155,13 @@ async def _serve(told: dict[str, Any]) -> None:
         serving=told["serving"],
         seeded=told["seeded"],
         cached=asked["enable_prefix_caching"],
+        vocabulary=told["vocabulary"],
+        context_length=asked["max_model_len"],
+        sleeps=asked["enable_sleep_mode"],
     )
-    app = build_app(engine, told["token"])
-    server = uvicorn.Server(
-        uvicorn.Config(app, host=told["host"], port=told["port"], log_level="warning", access_log=False)
-    )
+    server, listening = guarded(build_app(engine, told["token"]), told["host"], told["port"])
     watching = asyncio.ensure_future(_until_dead(llm))
-    serving = asyncio.ensure_future(server.serve())
+    serving = asyncio.ensure_future(server.serve([listening]))
     done, _ = await asyncio.wait({watching, serving}, return_when=asyncio.FIRST_COMPLETED)
     with suppress(Exception):
         llm.shutdown()

@@ -13,8 +13,8 @@ from typing import Any
 from astracli.engines import checkpoint, watched
 from astracli.engines.contract import flushes
 from astracli.engines.vllm import failure_hints
+from astracli.engines.vllm.names import EXECUTOR, STORE, WORKER
 from astracli.engines.vllm.settings import own
-from astracli.engines.vllm.worker_name import QUALNAME
 from astracli.process.atomic import write_atomic
 from astracli.process.config import EngineConfig
 from astracli.process.worker import Reporter, worker_main
@@ -34,7 +34,7 @@ ENV = {
     "VLLM_ENGINE_READY_TIMEOUT_S": "3600",  # how long a start may take is our process's affair
     "VLLM_HOST_IP": "127.0.0.1",
 }
-"""Of the server. Its ranks meet on this host alone."""
+"""Of the server. Its processes meet on this host alone, by Unix sockets."""
 
 
 def run(config: EngineConfig, reporter: Reporter) -> None:
@@ -42,7 +42,7 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
     from astracli.models import registry
 
     adapter = registry.resolve(config.recipe, config.model_path)
-    environment = {**watched.engine_environment(config), **ENV}
+    environment = {**watched.engine_environment(config), **ENV, STORE: watched.rank_store(config)}
     facts = watched.probe(VLLM, config, environment)
     folder = RunDir(config.run_dir).stage / f"{config.name}-model"
     model = checkpoint.prepare(folder, config.model_path, adapter, weights=not config.published)
@@ -53,6 +53,7 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
         "token": config.token,
         "serving": not config.published,
         "seeded": config.recipe.launch.deterministic,
+        "vocabulary": json.loads((model / "config.json").read_text())["vocab_size"],
         "engine": engine_arguments(config, model, hybrid=adapter.hybrid),
     }
     write_atomic(path, json.dumps(told) + "\n", mode=0o600)
@@ -85,7 +86,8 @@ def engine_arguments(config: EngineConfig, model: Path, *, hybrid: bool) -> dict
         "enforce_eager": table.enforce_eager,
         "logprobs_mode": logprobs_mode(rollout.temperature),
         "generation_config": "vllm",  # no sampling defaults of the checkpoint's
-        "worker_extension_cls": QUALNAME,
+        "worker_extension_cls": WORKER,
+        "distributed_executor_backend": EXECUTOR,
         "enable_log_requests": False,
         "disable_log_stats": False,  # its timestamps say which weights drew a token
     }

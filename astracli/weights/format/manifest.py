@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from astracli.config import reading
 from astracli.weights import WeightCorrupt
 
 FORMAT = 1
@@ -269,7 +270,8 @@ def read_stable(directory: Path, version: int) -> dict[str, Any]:
     Raises FileNotFoundError (not published, or pruned) or WeightCorrupt.
     """
     path = directory / version_name(version) / STABLE
-    return unseal(path.read_bytes(), str(path))
+    with reading.opened(path) as file:
+        return unseal(file.read(), str(path))
 
 
 def hash_file(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Stands in for vLLM's AsyncLLM: a request draws token 5 every few milliseconds, with log-probability -0.5. The worker
-holds a model with fused parameters, into which the extension is mixed as vLLM does. FAKE_VLLM=oom: dies at its start;
-`late`: its engine is dead a moment after it was ready."""
+holds a model with fused parameters, into which the extension is mixed as vLLM does; its one rank joins a process group
+as the executor says. FAKE_VLLM=oom: dies at its start; `late`: its engine is dead a moment after it was ready; `open`:
+its rank meets itself where vLLM would have it meet."""
 
 import asyncio
 import os
@@ -9,9 +10,17 @@ import time
 from importlib import import_module
 from types import SimpleNamespace
 
+import torch.distributed as dist
 from staged_tools import FusedModel
 
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
 TICK_S = 0.003
+
+
+def found(name):
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
 
 
 class Worker:
@@ -30,11 +39,15 @@ class AsyncLLM:
         return cls(args)
 
     def __init__(self, args):
-        module, _, name = args.worker_extension_cls.rpartition(".")
-        extension = getattr(import_module(module), name)
+        extension = found(args.worker_extension_cls)
         assert not [one for one in dir(extension) if not one.startswith("__") and hasattr(Worker, one)]
         self.worker = type("Extended", (Worker, extension), {})()
         self.args, self.paused, self.asleep = args, False, False
+        if backend := getattr(args, "distributed_executor_backend", None):
+            executor = UniProcExecutor if os.environ.get("FAKE_VLLM") == "open" else found(backend)
+            assert issubclass(executor, UniProcExecutor)
+            method, rank, _ = executor()._distributed_args()
+            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=1)
         self.running, self.began, self.preempted = {}, time.monotonic(), 0
 
     async def generate(self, prompt, sampling, request_id):

@@ -160,7 +160,7 @@ def test_a_lost_agent_is_started_again_with_the_new_token(kept: tuple[FakeHosts,
     hosts, members, keeper = kept
     assert hosts.started == [("b", "ticket of b")]
     members.states["b"] = "here"
-    family.wait_for(lambda: keeper._places["b"].joined)
+    family.wait_for(lambda: keeper.places["b"].joined)
     hosts.agents[0].end_ = AgentEnd(255, "the connection was closed")
     members.states["b"] = "gone"
     family.wait_for(lambda: len(hosts.started) == 2)
@@ -174,9 +174,9 @@ def test_a_host_that_was_taken_back_gets_no_agent_again(
 ) -> None:
     hosts, members, keeper = kept
     members.states["b"] = "here"
-    family.wait_for(lambda: keeper._places["b"].joined)
+    family.wait_for(lambda: keeper.places["b"].joined)
     hosts.agents[0].end_, members.states["b"] = AgentEnd(130, "left"), "gone"
-    family.wait_for(lambda: keeper._places["b"].left)
+    family.wait_for(lambda: keeper.places["b"].left)
     members.states["c"] = "awaited"
     hosts.coming = ["c"]  # one look later
     family.wait_for(lambda: len(hosts.started) == 2)
@@ -241,7 +241,7 @@ def test_a_host_that_cannot_take_part_is_refused_before_anything_starts(
 
 
 def test_a_host_that_answers_is_fine(programs: Programs) -> None:
-    programs.add("ssh", f"echo 'Welcome'; echo 'astra {ssh._version()}'; echo 'hostname 127.0.0.1'")
+    programs.add("ssh", f"echo 'Welcome'; echo 'astra {ssh.version()}'; echo 'hostname 127.0.0.1'")
     recipe = tiny(launch__hosts=["a", "b", "c"], ssh__options=["-p", "2222"])
     registry.check(recipe, "train")
     assert [check.status for check in registry.findings(recipe)] == ["ok", "ok"]
@@ -334,8 +334,8 @@ def test_an_agent_behind_ssh_ends_with_it_and_is_started_again(
         started = fleets.start("rollout", "import os, time; print(os.getpid(), flush=True); time.sleep(120)")
         family.wait_for(started.last_lines)
         pid = int(started.last_lines()[0])
-        process = keeper._places["b"].process
-        os.kill(process._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        process = keeper.places["b"].process
+        os.kill(process.child.pid, signal.SIGKILL)  # type: ignore[union-attr]
         family.wait_for(lambda: fleets.fleet.has("b") and members.agent("b") is not first)
         family.wait_for(lambda: not psutil.pid_exists(pid) or kind != "sshd")
     finally:
@@ -652,7 +652,7 @@ def test_an_agent_of_ray_ends_with_its_actor(tmp_path: Path) -> None:
     words = ["agent", "http://127.0.0.1:9", "--token-file", "-", "--attached", "--wait", "60"]
     thread = threading.Thread(target=lambda: ended.append(actor.run(words, "secret")), daemon=True)
     thread.start()
-    family.wait_for(lambda: actor._child is not None)
+    family.wait_for(lambda: actor.child is not None)
     actor.stop()
     thread.join(60)
     ((code, lines),) = ended

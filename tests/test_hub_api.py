@@ -156,7 +156,7 @@ def test_the_flow_of_one_step(server: Server, hub: HubClient) -> None:
     hub.ack(0, 1, checkpoint_step=1)
     assert hub.target("engine0") == Target(1, False, False, False, False)
     beat = {"name": "rollout", "pid": 1, "state": "ready", "waiting": None, "progress": {}}
-    assert post(server, "/status", json.dumps(beat).encode()).json() == {"stop": False}
+    assert post(server, "/status", json.dumps(beat).encode()).json() == {"stop": False, "save": False}
     state = hub.state()
     assert state.counts.consumed_groups == 4
     assert state.engines["engine0"] == EngineReport(0, "ready")

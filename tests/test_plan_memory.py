@@ -88,8 +88,8 @@ def test_what_does_not_fit_moves_to_the_host_and_the_plan_says_why() -> None:
     assert moved(name, 44, 2, *full) == ("host", 1.0)
     again = "train.activation_checkpointing="
     assert moved(name, 79.6, 2, *one_each, f"{again}selective") == ("host", 0.2)
-    assert moved(name, 79.6, 2, *one_each, f"{again}none") == ("host", 0.65)
-    assert moved(name, 79.6, 2, *one_each, f"{again}none", "train.reference_device=gpu") == ("gpu", 0.9)
+    assert moved(name, 79.6, 2, *one_each, f"{again}none") == ("host", 0.7)
+    assert moved(name, 79.6, 2, *one_each, f"{again}none", "train.reference_device=gpu") == ("gpu", 0.95)
     assert moved(name, 80, 3, one_each[0], "resources.train_gpus=2", EVERY_BLOCK_AGAIN) == ("gpu", 0.0)
     assert moved(name, 141, 2, *one_each, "train.optimizer_device=host") == ("gpu", 1.0)
     result = planned(load(name, *full, REQUESTS), facts("9.0", 2, memory_gib=60, host_gib=512))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-OTHERS = {"_exit", "_schema", "_cdata", "_python_dispatch", "_attn_implementation", "_forward_pre_hooks"}
-"""Names of Python, torch and transformers that have no public counterpart."""
+OTHERS = {
+    "_exit", "_schema", "_cdata", "_python_dispatch", "_attn_implementation", "_forward_pre_hooks", "_distributed_args",
+}  # fmt: skip
+"""Names of Python, torch, transformers and vLLM that have no public counterpart."""
 
 ALLOWED = {
     "test_hub_curriculum.py": 1,  # `_weight`: the ends of the band, which counts of draws cannot tell apart

@@ -146,7 +146,7 @@ def test_a_large_file_comes_in_pieces_and_a_later_try_asks_for_the_missing_ones(
     ranges = [r.removeprefix("bytes=") for p, r in server.requests if "safetensors" in p]
     assert {f"{low}-{min(low + 50_000, size) - 1}" for low in range(0, size, 50_000)} < {*ranges}
     path.unlink()
-    stream, calls = download.Downloader._stream, iter(range(100))
+    stream, calls = download.Downloader.stream, iter(range(100))
 
     def breaks(self: download.Downloader, *args: Any) -> None:
         if next(calls) >= 5:
@@ -154,11 +154,11 @@ def test_a_large_file_comes_in_pieces_and_a_later_try_asks_for_the_missing_ones(
         stream(self, *args)
 
     server.cut_after = None
-    monkeypatch.setattr(download.Downloader, "_stream", breaks)
+    monkeypatch.setattr(download.Downloader, "stream", breaks)
     with pytest.raises(RunFailed, match="gone"):
         source.fetch(0, FULL[1], size, path)
     assert 1 <= len(json.loads((tmp_path / "got.part.pieces").read_text())) <= 5
-    monkeypatch.setattr(download.Downloader, "_stream", stream)
+    monkeypatch.setattr(download.Downloader, "stream", stream)
     before = source.downloaded
     source.fetch(0, FULL[1], size, path)
     assert same_bytes(path, tmp_path / "weights" / "v000000" / FULL[1]) and 0 < source.downloaded - before < size

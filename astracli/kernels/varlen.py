@@ -37,7 +37,7 @@ def install(model: Any, adapter: ModelAdapter) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
-    model.config.astra_plain_attention = model.config._attn_implementation
+    model.config.astra_own_attention = model.config._attn_implementation
     model.config._attn_implementation = NAME
     if adapter.install_varlen is not None:
         adapter.install_varlen(model)
@@ -46,7 +46,7 @@ def install(model: Any, adapter: ModelAdapter) -> None:
 def switch(model: Any, *, packed: bool) -> None:
     """Where not every batch is packed: between two batches, whether the next one is. A batch of padded rows is computed
     as if nothing had been installed, bit for bit."""
-    model.config._attn_implementation = NAME if packed else model.config.astra_plain_attention
+    model.config._attn_implementation = NAME if packed else model.config.astra_own_attention
 
 
 _in_one_order = False

@@ -27,18 +27,18 @@ class CommandAgent:
             self._position = out.seek(0, os.SEEK_END)
             try:
                 # a session of its own: Ctrl-C at the terminal is for the supervisor, which ends agents in order
-                self._child = subprocess.Popen(
+                self.child = subprocess.Popen(
                     words, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
                 )
             except OSError as error:
                 raise RunFailed(f"`{words[0]}` cannot be started: {(error.strerror or str(error)).lower()}") from None
-        assert self._child.stdin is not None
+        assert self.child.stdin is not None
         with contextlib.suppress(OSError):  # one that has ended already says why in its log
-            self._child.stdin.write(f"{token}\n".encode())
-            self._child.stdin.flush()
+            self.child.stdin.write(f"{token}\n".encode())
+            self.child.stdin.flush()
 
     def ended(self) -> AgentEnd | None:
-        code = self._child.poll()
+        code = self.child.poll()
         if code is None:
             return None
         lines = self._lines()
@@ -51,11 +51,11 @@ class CommandAgent:
             return [line for line in last_lines(log, 20) if line.strip()]
 
     def end(self) -> None:
-        assert self._child.stdin is not None
+        assert self.child.stdin is not None
         with contextlib.suppress(OSError):
-            self._child.stdin.close()
-        for stop in (lambda: None, self._child.terminate, self._child.kill):
+            self.child.stdin.close()
+        for stop in (lambda: None, self.child.terminate, self.child.kill):
             stop()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(END_S)
+                self.child.wait(END_S)
                 return

@@ -62,7 +62,7 @@ class Keeper:
         """`newcomers`: whether hosts beside the planned may join. `delay_s`: before a lost agent is started again."""
         self._hosts, self._members, self._url, self._logs, self._newcomers = hosts, members, url, logs, newcomers
         self._delay_s = delay_s
-        self._places = {host: _Place(True, delay_s) for host in planned}
+        self.places = {host: _Place(True, delay_s) for host in planned}
         self._failure: RunFailed | None = None
         self._held = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -86,7 +86,7 @@ class Keeper:
     def close(self) -> None:
         """End what is left. After the hub has told every agent that the run ends, that is nothing."""
         self.hold()
-        processes = [place.process for place in self._places.values() if place.process is not None]
+        processes = [place.process for place in self.places.values() if place.process is not None]
         if processes:
             with ThreadPoolExecutor(len(processes)) as pool:
                 list(pool.map(lambda process: process.end(), processes))
@@ -96,8 +96,8 @@ class Keeper:
         while not self._held.is_set():
             try:
                 for host in self._hosts.arrivals() if self._newcomers else ():
-                    self._places.setdefault(host, _Place(False, self._delay_s))
-                for host, place in self._places.items():
+                    self.places.setdefault(host, _Place(False, self._delay_s))
+                for host, place in self.places.items():
                     self._look(host, place)
             except RunFailed as error:
                 self._failure = error
@@ -127,7 +127,7 @@ class Keeper:
 
     def _ticket_is_free(self) -> bool:
         """Hosts that arrive share a ticket, which is good once: one after the other."""
-        arriving = [place for place in self._places.values() if not (place.planned or place.joined)]
+        arriving = [place for place in self.places.values() if not (place.planned or place.joined)]
         return all(place.process is None for place in arriving)
 
     def _log(self, host: str) -> Path:

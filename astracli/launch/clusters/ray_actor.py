@@ -15,7 +15,7 @@ class AgentActor:
     """`run` returns when the agent has ended. Its other methods are called beside it."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[str] | None = None
+        self.child: subprocess.Popen[str] | None = None
         self._stopped = False
 
     def node(self) -> str:
@@ -28,7 +28,7 @@ class AgentActor:
         """`astra WORDS`, with the token on its standard input. -> exit code, last lines. The pipe is open for as long
         as this process lives: an agent leaves when its standard input ends."""
         command = [sys.executable, "-m", "astracli", *words]
-        child = self._child = subprocess.Popen(
+        child = self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert child.stdin is not None and child.stdout is not None
@@ -41,5 +41,5 @@ class AgentActor:
 
     def stop(self) -> None:
         self._stopped = True
-        if self._child is not None and self._child.stdin is not None:
-            self._child.stdin.close()
+        if self.child is not None and self.child.stdin is not None:
+            self.child.stdin.close()

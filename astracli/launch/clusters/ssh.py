@@ -66,7 +66,7 @@ class Ssh(Cluster):
             return
         for host, error in _ask_all(table, recipe.agents):
             if error is None:
-                yield Check(f"ssh {host}", CHECKS, "ok", f"answers, with astra {_version()}")
+                yield Check(f"ssh {host}", CHECKS, "ok", f"answers, with astra {version()}")
             else:
                 why = "an agent is started there by ssh"
                 yield Check(f"ssh {host}", CHECKS, "fail", error.message, why, error.hint or "")
@@ -164,15 +164,15 @@ def _ask(table: SshTable, host: str) -> UserError | None:
     there = versions[-1] if versions else None  # a profile may print too
     if done.returncode or there is None:
         return UserError(f"{place} does not start on host `{host}`: {said}", f"look at `{shlex.join(words)}`")
-    if there != _version():
+    if there != version():
         return UserError(
-            f"host `{host}` has astra {there}, this machine has {_version()}",
-            f"install the same version on every host: `pip install 'astracli=={_version()}'`",
+            f"host `{host}` has astra {there}, this machine has {version()}",
+            f"install the same version on every host: `pip install 'astracli=={version()}'`",
         )
     return None
 
 
-def _version() -> str:
+def version() -> str:
     return importlib.metadata.version("astracli")
 
 

@@ -185,7 +185,7 @@ class Downloader:
         while at < high:
             before = at
             try:
-                self._stream(url, taken, at, high)
+                self.stream(url, taken, at, high)
             except _PASSING as error:
                 if (failed := disk_failed(error)) is not None:
                     raise failed from error
@@ -194,7 +194,7 @@ class Downloader:
                     raise RunFailed(f"cannot fetch `{url}`: {error!r}, {failures} times in a row") from error
                 time.sleep(min(0.05 * 2**failures, 2.0))
 
-    def _stream(self, url: str, put: Callable[[bytes], Any], low: int, high: int) -> None:
+    def stream(self, url: str, put: Callable[[bytes], Any], low: int, high: int) -> None:
         """By the standard library's client, which reads a socket three times as fast as the one for small answers."""
         where = urlsplit(url)
         secure = where.scheme == "https"

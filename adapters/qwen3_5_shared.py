@@ -53,7 +53,7 @@ def rule_by_torch(parts: Mapping[str, Tensor], row: SharedRow) -> Tensor:
     sides = [parts[name][0].split([end, row.tokens - end]) for name in ("q", "k", "v", "g", "beta")]
     begun = [delta_state.rule(*batch) for batch in zip(*(prompts.pad(x[0]) for x in sides), strict=True)]
     states = torch.cat([state for _, state in begun])[_inverse(prompts.order)]
-    held = _begin(states, row)[list(rest.order)].split([n for n, _ in rest.shapes])
+    held = begin(states, row)[list(rest.order)].split([n for n, _ in rest.shapes])
     batches = zip(*(rest.pad(x[1]) for x in sides), held, strict=True)
     went = [delta_state.rule(*batch)[0] for batch in batches]
     return torch.cat([prompts.take_back([out for out, _ in begun]), rest.take_back(went)])[None]
@@ -71,11 +71,11 @@ def rule_by_fla(parts: Mapping[str, Tensor], row: SharedRow, kernels: Any) -> Te
         return kernels.rule(**side, use_qk_l2norm_in_kernel=True, cu_seqlens=boundaries, **options, **state)
 
     begun, states = run(prompts, row.prompt_bounds, row.on_device["prompts"], output_final_state=True)
-    went = run(rest, row.rest_bounds, row.on_device["rest"], initial_state=_begin(states, row))[0]
+    went = run(rest, row.rest_bounds, row.on_device["rest"], initial_state=begin(states, row))[0]
     return torch.cat([begun, went], dim=1)
 
 
-def _begin(states: Tensor, row: SharedRow) -> Tensor:
+def begin(states: Tensor, row: SharedRow) -> Tensor:
     """States at the end of the prompts -> at the beginning of every segment behind them; a whole sample's is empty."""
     held, whole = row.spread(states), len(row.rest_bounds) - 1 - len(row.parents)
     return torch.cat([held, held.new_zeros(whole, *held.shape[1:])]) if whole else held

@@ -84,7 +84,7 @@ def test_supervised_training_has_one_host() -> None:
 
 
 def test_an_address_beyond_this_machine_needs_the_word(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "_own_address", lambda name, host: "10.0.0.1")
+    monkeypatch.setattr(ssh, "own_address", lambda name, host: "10.0.0.1")
     recipe = tiny(launch__hosts=["a", "b"])
     with pytest.raises(UserError, match=r"reach this one at 10\.0\.0\.1") as refused:
         registry.addressed(recipe)

@@ -295,7 +295,7 @@ def test_no_micro_batch_waits_for_the_gpu(
     work.first_measured = True
     work.limits = trainer.algorithm.prepare(torch.zeros(0), torch.zeros(0), chosen.algorithm.own)
     monkeypatch.setattr(trainer.masters, "update", lambda step: 0.0)
-    monkeypatch.setattr(trainer, "_require_agreement", lambda *_: None)
+    monkeypatch.setattr(trainer, "require_agreement", lambda *_: None)
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer._minibatch(work, 0, 1)

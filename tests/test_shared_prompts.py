@@ -272,10 +272,10 @@ def test_attention_over_a_prompt_has_its_derivatives(kernel: str) -> None:
     row = SharedRow.of(np.array([0, 3, 5, 7, 8, 12, 15]), np.array([-1, -1, 0, 0, 1, -1]), CPU)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(15, heads, 4, generator=draw, dtype=torch.float64) for heads in (4, 2, 2))
-    own = shared_attention._Cpu(row, 0.7) if kernel == "cpu" else shared_attention._Plain(row, 0.7, None)
+    own = shared_attention.CpuKernel(row, 0.7) if kernel == "cpu" else shared_attention.PlainKernel(row, 0.7, None)
 
     def attend(*given: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = shared_attention._Attention.apply(*given, own, varlen._one_launch())
+        out: torch.Tensor = shared_attention.Attention.apply(*given, own, varlen.one_launch())
         return out
 
     seen = torch.zeros(15, 15, dtype=torch.bool)
@@ -334,7 +334,7 @@ def test_a_batch_that_does_not_share_is_computed_as_ever(model_dir: Path) -> Non
         long = [replace(one, prompt_tokens=np.tile(one.prompt_tokens, 6)) for one in sample_groups(None, 4, seed=9)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer.masters, "update", lambda step, grads=trainer.masters.grads: grads.clear() or 0.0)
-            patch.setattr(trainer, "_require_agreement", lambda work: None)
+            patch.setattr(trainer, "require_agreement", lambda work: None)
             shared = trainer.train(long, 0, 0).metrics
         assert ("shared_tokens" in shared) == (share == "auto")
         assert all(torch.equal(value, trainer.masters.values[name]) for name, value in values.items())
@@ -352,7 +352,7 @@ def test_a_sample_that_does_not_go_on_from_its_prompt_ends_the_run(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recurrent state, then the convolution, then attention forget the prompt; then samples see each other."""
-    begin, spread = qwen3_5_shared._begin, SharedRow.spread
+    begin, spread = qwen3_5_shared.begin, SharedRow.spread
 
     def forgets(states: torch.Tensor, row: SharedRow) -> torch.Tensor:
         return torch.zeros_like(begin(states, row))
@@ -369,9 +369,9 @@ def test_a_sample_that_does_not_go_on_from_its_prompt_ends_the_run(
 
     start()
     broken = [
-        (qwen3_5_shared, "_begin", forgets),
+        (qwen3_5_shared, "begin", forgets),
         (SharedRow, "spread", swaps),
-        (shared_attention._Cpu, "prompt", sees_nothing),
+        (shared_attention.CpuKernel, "prompt", sees_nothing),
     ]
     for where, name, other in broken:
         with monkeypatch.context() as patch:

@@ -52,9 +52,9 @@ def test_flash_attention_over_a_prompt_is_plain_attention(head_size: int, kv_hea
     out, _ = varlen.attention(torch.nn.Identity(), *given, None, **options)
     found = torch.autograd.grad((out * pull).sum(), given)
     exact = [x.detach().double().requires_grad_() for x in given]
-    plain = shared_attention._Plain(row_on("cuda"), head_size**-0.5, None)
+    plain = shared_attention.PlainKernel(row_on("cuda"), head_size**-0.5, None)
     tokens = (x.squeeze(0).transpose(0, 1) for x in exact)
-    wanted = shared_attention._Attention.apply(*tokens, plain, varlen._one_launch())[None]
+    wanted = shared_attention.Attention.apply(*tokens, plain, varlen.one_launch())[None]
     assert relative(out, wanted) < 5e-3
     for mine, theirs in zip(found, torch.autograd.grad((wanted * pull).sum(), exact), strict=True):
         assert relative(mine, theirs) < 1e-2

@@ -49,11 +49,11 @@ def attention(
     if flash and window is None:
         kernel = _Flash(row, scale, cu_seqlens, longest)
     elif query.is_cuda or window is not None:
-        kernel = _Plain(row, scale, window)
+        kernel = PlainKernel(row, scale, window)
     else:
-        kernel = _Cpu(row, scale)
+        kernel = CpuKernel(row, scale)
     tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    out: Tensor = _Attention.apply(*tokens, kernel, around)
+    out: Tensor = Attention.apply(*tokens, kernel, around)
     return out[None]
 
 
@@ -87,7 +87,7 @@ class _Kernel:
         raise NotImplementedError
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
     """(q, k, v [T, heads, D], kernel, what surrounds a backward kernel) -> [T, H, D]"""
 
     @staticmethod
@@ -162,7 +162,7 @@ class _Flash(_Kernel):
         return d_q, d_k, d_v
 
 
-class _Cpu(_Kernel):
+class CpuKernel(_Kernel):
     """torch's flash attention for CPUs: segments in padded batches, and one prompt at a time."""
 
     def own(self, q: Tensor, k: Tensor, v: Tensor) -> Found:
@@ -237,7 +237,7 @@ class _Piece:
     """bool [n, m]; None: all"""
 
 
-class _Plain(_Kernel):
+class PlainKernel(_Kernel):
     """Plain products, on any device and for sliding windows: scores of one segment at a time are held."""
 
     def __init__(self, row: SharedRow, scale: float, window: int | None):

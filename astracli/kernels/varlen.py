@@ -89,7 +89,7 @@ def ordered(out: Tensor) -> Tensor:
     return out
 
 
-def _one_launch() -> Callable[[], AbstractContextManager[Any]]:
+def one_launch() -> Callable[[], AbstractContextManager[Any]]:
     """What `ordered` does, for a backward pass that launches its kernels itself."""
     asked = _in_one_order
 
@@ -184,7 +184,7 @@ def attention(
             "cu_seqlens": cu_seqlens,
             "longest": max_seqlen,
             "flash": flash,
-            "around": _one_launch(),
+            "around": one_launch(),
         }
         return shared_attention.attention(query, key, value, shared_prompts, scale, sliding_window, **told), None
     if flash:

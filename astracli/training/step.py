@@ -134,7 +134,7 @@ class Trainer:
         self._score(work, self._plan_scoring(work, first=first))
         timer.lap("score_s")
         if not work.first_measured:
-            self._require_agreement(work)
+            self.require_agreement(work)
         norms = [self._minibatch(work, index, step) for index in range(len(batch.minibatches))]
         metrics |= figures(self.recipe, self.ranks, batch, work.sums, len(norms), referenced=bool(work.references))
         metrics |= {
@@ -244,7 +244,7 @@ class Trainer:
             checked.require(found)
         return found
 
-    def _require_agreement(self, work: Work) -> None:
+    def require_agreement(self, work: Work) -> None:
         """Raise RunFailed when the engine that drew this version's tokens holds other weights. A collective.
 
         An engine in bf16 may differ by what rounding does to this model, where that is more than the adapter's
@@ -388,7 +388,7 @@ class Trainer:
             self.backward(loss, last=micro is micros[-1])
             work.timer.lap("backward_s")
         if measure:
-            self._require_agreement(work)
+            self.require_agreement(work)
         free_gathered(self.policy)  # a check may have gathered weights that the update changes
         norm = self.masters.update(step)
         work.timer.lap("optimizer_s")

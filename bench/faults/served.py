@@ -195,12 +195,12 @@ def hub(place: Path) -> Iterator[tuple[Hub, list[Listener]]]:
 @contextmanager
 def relay(hub_url: str, agent_token: str, place: Path) -> Iterator[Listener]:
     """What the processes of an agent's host ask."""
-    from astracli.launch.agent_relay import relay_app
+    from astracli.launch.agent_relay import Beats, relay_app
     from astracli.weights.receive.host_cache import HostCache
 
     cache = HostCache(hub_url, agent_token, place)
     good = [each for each in AGENT if not each[1].startswith("/agent/")] + [("PUT", "/group", a_group(1))]
-    with _server(relay_app(hub_url, agent_token, TOKEN, cache)) as url:
+    with _server(relay_app(hub_url, agent_token, TOKEN, cache, Beats())) as url:
         beat = next(each for each in good if each[1] == "/status")
         yield Listener("agent's relay", url, good, binary=frozenset({"/group"}), alive=beat)
 

@@ -226,7 +226,7 @@ def micro_batches(
                 phases.append({})
             phases[-1][phase.removesuffix("_s")] = sum(count.calls.values()) - done
 
-        ends = {"update": lambda step: 0.0}, {"_require_agreement": lambda *_: None}
+        ends = {"update": lambda step: 0.0}, {"require_agreement": lambda *_: None}
         with mock.patch.multiple(trainer.masters, **ends[0]), mock.patch.multiple(trainer, **ends[1]), count:
             timer = SimpleNamespace(lap=lambda phase: lap(phase) if phase != "optimizer_s" else None)
             work = Work(batch, 1, timer)  # type: ignore[arg-type]

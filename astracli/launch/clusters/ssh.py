@@ -75,7 +75,7 @@ class Ssh(Cluster):
         table = self._own(recipe)
         if table.by_hand or not is_loopback(recipe.launch.host):
             return recipe.launch.host
-        ways = [_own_address(_hostname(table, host), host) for host in recipe.agents]
+        ways = [own_address(_hostname(table, host), host) for host in recipe.agents]
         return next((way for way in ways if not is_loopback(way)), recipe.launch.host)
 
     def open(self, recipe: Recipe, plan: LaunchPlan) -> Hosts | None:
@@ -186,7 +186,7 @@ def _hostname(table: SshTable, host: str) -> str:
     return host
 
 
-def _own_address(name: str, host: str) -> str:
+def own_address(name: str, host: str) -> str:
     """The address of this machine from which packets to another one come. Raises UserError."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]

@@ -162,6 +162,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     _, alive = psutil.wait_procs(left, timeout=GRACE_S)
     for child in alive:
         child.kill()
+    psutil.wait_procs(alive, timeout=GRACE_S)
 
 
 def main() -> None:

@@ -214,9 +214,11 @@ def _ids(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
         if isinstance(vocabulary, list):  # unigram: [[piece, score], ...]
             vocabulary = {piece: i for i, (piece, *_) in enumerate(vocabulary)}
         added = {token["content"]: int(token["id"]) for token in document.get("added_tokens") or ()}
+        if not all(isinstance(i, int) and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())):
+            raise ValueError("not every id is a number")
         if any(len(token) > documents.LONGEST_TOKEN for token in added):
             raise ValueError(f"an added token has more than {documents.LONGEST_TOKEN} characters")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         message = f"`{file}` is no tokenizer of the `tokenizers` package: {type(error).__name__}: {error}"
         raise _NoTokenizer(message) from None
     return {name: i for name, i in vocabulary.items() if name not in added}, added

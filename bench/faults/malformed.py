@@ -179,7 +179,8 @@ def document(folder: Path, draw: Random) -> Tried:
     """One of a checkpoint's JSON files: still JSON, of another structure."""
     place = folder / "model"
     shutil.copytree(bundled(f"{BUNDLED_PREFIX}tiny"), place, copy_function=_link)
-    name = draw.choice(("config.json",) * 3 + (SHARD, SHARD_INDEX, "generation_config.json", "tokenizer_config.json"))
+    beside = (SHARD, SHARD_INDEX, "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+    name = draw.choice(("config.json",) * 3 + beside)
     file, rest = place / name, b""
     if name == SHARD_INDEX:
         found = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(checkpoint_tensors(place), SHARD)}

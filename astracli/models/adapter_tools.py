@@ -122,6 +122,7 @@ def load_checkpoint(
             attn_implementation=attention,
             output_loading_info=True,
             local_files_only=True,
+            use_safetensors=True,  # nothing is unpickled
             trust_remote_code=False,  # left out, transformers asks at the terminal whether it may run code of the files
             **arguments,
         )

@@ -143,7 +143,7 @@ def of_template(tokenizer: Any, chat: ChatFormat) -> ToolFormat:
     """The format whose parser reads the calls that a chat template writes. Raises UserError when there is none."""
     call = Call("qvZtoolXwq", {"qvZkeyXwq": "qvZvalueXwq"})
     if has_template(tokenizer):
-        asked = [{"role": "user", "content": "qvZquestionXwq"}]
+        asked: list[dict[str, Any]] = [{"role": "user", "content": "qvZquestionXwq"}]
         written = {"type": "function", "id": "qvZcalled", "function": {"name": call.name, "arguments": call.arguments}}
         turns = [*asked, {"role": "assistant", "content": "", "tool_calls": [written]}]
         for options in ({"enable_thinking": chat.thinking, **chat.template_args}, {}):

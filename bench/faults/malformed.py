@@ -8,6 +8,7 @@ started; each runs in this process, as a command does before it starts anything.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -45,7 +46,7 @@ ODD = (
 VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 10**9, 10**12, 2**63, 10**400, -(10**9), 0.5, -0.5, 1e308, 1e-320, math.nan,
     math.inf, "", "x", "x" * 100_000, "\x1b[2J\x07", "../../etc/passwd", "/dev/zero", "\ud800", [], {}, [[]], [{}],
-    {"": None}, [None] * 9, [0] * 100_000, ["a", 1, {}], {"a": {"a": {"a": []}}}, json.loads("[" * 500 + "]" * 500),
+    {"": None}, [None] * 9, [0] * 100_000, ["a", 1, {}], {"a": {"a": {"a": []}}}, json.loads("[" * 200 + "]" * 200),
 )  # fmt: skip
 """Of a JSON document."""
 EXTRA: dict[str, tuple[Any, ...]] = {
@@ -206,7 +207,7 @@ def restructured(found: Any, draw: Random) -> Any:
     for _ in range(draw.randint(1, 3)):
         places: list[tuple[Any, Any]] = list(_places(found))
         if not places or draw.random() < 0.02:
-            return draw.choice(VALUES)
+            return copy.deepcopy(draw.choice(VALUES))
         holder, key = draw.choice(places)
         value, kind = holder[key], draw.randrange(8)
         if kind == 0:
@@ -215,9 +216,9 @@ def restructured(found: Any, draw: Random) -> Any:
             holder[key] = draw.choice(([value], {"x": value}, {str(value)[:20]: value}, [value] * 5000, str(value)))
         elif kind == 2 and isinstance(holder, dict):
             extra = draw.choice(list(EXTRA))
-            holder[extra] = draw.choice((*EXTRA[extra], *VALUES))
+            holder[extra] = copy.deepcopy(draw.choice((*EXTRA[extra], *VALUES)))
         else:
-            holder[key] = draw.choice(VALUES)
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
     return found
 
 
@@ -253,7 +254,37 @@ def checkpoint(folder: Path, draw: Random) -> Tried:
     return Tried(f"{' '.join(words[:2])}, {file.name}", command(*words))
 
 
-KINDS = (recipe, setting, rows, benchmark, model, document, checkpoint, document)
+def named(folder: Path, draw: Random) -> Tried:
+    """Names and texts that would command a terminal, wherever a message shows them."""
+    evil = "".join(draw.choices(("\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\u202e", "\r", "=1+1|A1"), k=3))
+    place = folder / "model"
+    shutil.copytree(bundled(f"{BUNDLED_PREFIX}tiny"), place, copy_function=_link)
+    what = draw.choice(
+        ("shard", "template", "folder", "run", "rollout.env", "data.reward", "launch.hosts", "benchmark")
+    )
+    dry = ("train", RECIPE, "--dry-run", "--set")
+    if what == "run":
+        (folder / f"run{evil}").mkdir()
+        (folder / f"run{evil}" / "recipe.json").write_text("{}")
+        return Tried("named run", command("runs", draw.choice(("list", "clean")), "--root", str(folder)))
+    if what == "benchmark":
+        (file := folder / f"{evil}.jsonl").write_text('{"problem": "1+1"}\n')
+        return Tried("named benchmark", command(*dry, f"eval.benchmarks={json.dumps([str(file)])}"))
+    if what in ("rollout.env", "data.reward", "launch.hosts"):
+        value = json.dumps([evil, "b"] if what == "launch.hosts" else f"{evil}x:y")
+        return Tried(f"named {what}", command(*dry, f"{what}={value}", "--set", 'launch.network="private"'))
+    if what == "shard":
+        (place / f"{evil}.safetensors").write_text("x")
+    elif what == "template":
+        (place / "chat_template.jinja").unlink()
+        (place / "chat_template.jinja").write_text(f"{evil}{{{{ raise_exception({json.dumps(evil)}) }}}}")
+    else:
+        place = place.rename(folder / f"model{evil}")
+        (place / "config.json").unlink()
+    return Tried(f"named {what}", command(*dry, f"model.path={json.dumps(str(place))}"))
+
+
+KINDS = (recipe, setting, rows, benchmark, model, document, checkpoint, document, named)
 
 
 def tried(folder: Path, seed: int, count: int) -> list[Row]:
@@ -290,7 +321,7 @@ def _look(each: Tried, name: str) -> Row:
         row.problems.append(f"exit {code}: {said[-300:]}")
     if "unexpected" in said or "Traceback" in said:
         row.problems.append(said[-600:])
-    if any(ord(sign) < 32 and sign not in "\n\t" for sign in said + out.getvalue()):
+    if any(sign not in "\n\t" and not sign.isprintable() for sign in said + out.getvalue()):
         row.problems.append("it prints control characters")
     more = _memory() - memory
     if len(said) > LONGEST or row.seconds > LIMIT_S or more > LIMIT_MIB:

@@ -56,7 +56,7 @@ def load(path: Path, *, attention: str = "sdpa") -> Any:
             Qwen3_5ForCausalLM,
             path,
             attention=attention,
-            config=Qwen3_5TextConfig.from_dict(document),
+            config=lambda: Qwen3_5TextConfig.from_dict(document),
             text_name=text_name,
         )
 

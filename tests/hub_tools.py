@@ -32,7 +32,7 @@ def open_store(path: Path, **changes: Any) -> HubStore:
         "eval_every": 0,
         "engines": ("engine0",),
     }
-    store = {key: changes.pop(key) for key in ("curriculum", "clock") if key in changes}
+    store = {key: changes.pop(key) for key in ("curriculum", "clock", "checkpoint") if key in changes}
     return HubStore(path / "hub.sqlite", HubSettings(**(settings | changes)), **store)
 
 

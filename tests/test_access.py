@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from typing import Any
 import configs
 import httpx
 import pytest
+from launch_tools import INPUTS
 from listeners import beyond_loopback, listening
+from machines import facts
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -23,10 +26,18 @@ from starlette.routing import Route
 from test_launch import build, context_of, tiny
 from training_tools import spawn
 
+from astracli.config import recipe_io
 from astracli.engines.sglang import command
 from astracli.errors import RunFailed
+from astracli.launch import run
+from astracli.launch.configs import RunContext
+from astracli.launch.configs import build as build_processes
+from astracli.machine.facts import validate
+from astracli.plan.types import Command
 from astracli.process import connections, open_files, ports
+from astracli.process.config import EngineConfig, Role
 from astracli.process.server import ServerThread, TokenGuard
+from astracli.runs.run_dir import RunDir
 
 TOKEN = "secret"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -212,6 +223,51 @@ def test_sglang_listens_where_the_run_does(tmp_path: Path) -> None:
     assert not Path(store.removeprefix("file://")).exists(), "torch would wait for the ranks of that start"
     engine = next(process for process in build(context_of(tiny(), tmp_path)) if process.name == "engine0")
     assert engine.env["NCCL_SOCKET_IFNAME"] == "=lo" and engine.env["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+SHARED = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
+LAYOUTS: dict[str, tuple[Command, int, int, tuple[str, ...]]] = {
+    "apart": ("train", 2, 141, ("resources.rollout_gpus=1", "resources.train_gpus=1")),
+    "several of each": ("train", 4, 141, ("resources.rollout_gpus=2", "resources.train_gpus=2")),
+    "side by side": ("train", 1, 141, (*SHARED, "resources.share_mode=side_by_side")),
+    "time sharing": ("train", 1, 46, (*SHARED, "resources.share_mode=time_sharing")),
+    "supervised": ("sft", 2, 141, ("resources.rollout_gpus=1", "resources.train_gpus=1")),
+    "samples": ("rollout", 2, 141, ("resources.rollout_gpus=2",)),
+    "evaluation": ("eval", 2, 141, ("resources.rollout_gpus=2",)),
+}
+SGLANG_LISTENS = re.compile(
+    r"--(dist-init-addr|nccl-port|nnodes|grpc|smg-grpc|smg-http|enable-metrics|enable-dp-attention|data-parallel|dp-size"
+    r"|tp-size|disaggregation|encoder|engine-info-bootstrap|remote-instance|otlp|api-key|admin-api-key)"
+)
+"""Options of 0.5.17 by which its processes meet over TCP, serve gRPC, or answer more on the same port; and keys, which
+`ps` would show."""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_told_to_listen_at_launch_host(layout: str, host: str, tmp_path: Path) -> None:
+    """URLs, ports and environments of all processes, and SGLang's command line; a turn on a GPU is taken at the hub."""
+    asked, gpus, memory, sets = LAYOUTS[layout]
+    recipe = recipe_io.load("qwen3.5-4b-m2po-delta", (*sets, "rollout.engine=sglang", f"launch.host={host}"))
+    plan = run.planned(recipe, asked, validate(facts("9.0", gpus, memory_gib=memory, host_gib=512)))
+    assert bool(plan.gpu_leases) == (layout == "time sharing")
+    context = RunContext(recipe, plan, RunDir(tmp_path), 1, INPUTS, token="secret")
+    with ExitStack() as held:
+        processes = build_processes(context, f"http://{'[::1]' if ':' in host else host}:1", held)
+    (package := tmp_path / "sglang" / "srt").mkdir(parents=True)
+    (package / "server_args.py").write_text("custom_weight_loader = None")
+    (package / "environ.py").write_text(f"{command.RENDEZVOUS} = EnvStr(None)")
+    for process in processes:
+        told = process.config.model_dump_json()
+        named = set(re.findall(r"(?:https?|tcp)://(\[[^]]*\]|[^:/\"]+)", told)) - {"huggingface.co"}
+        assert named <= {f"[{host}]" if ":" in host else host} and "0.0.0.0" not in told, process.name
+        assert process.env.get("MASTER_ADDR", host) == host
+        if isinstance(process.config, EngineConfig):
+            said = command.arguments(process.config, tmp_path, command.Options(tmp_path / "sglang"), {})
+            assert f"--host={host}" in said and f"--port={process.config.port}" in said
+            assert [word for word in said if SGLANG_LISTENS.match(word)] == []
+        if process.plan.role in (Role.ENGINE, Role.TRAINER):
+            assert process.env["NCCL_SOCKET_IFNAME"] == "=lo" and process.env["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

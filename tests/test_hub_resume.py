@@ -249,3 +249,21 @@ def test_an_evaluation_of_forgotten_weights_is_due_again_and_takes_the_version_t
     assert evals == [(0, 0, "done"), (2, None, "waiting")]
     assert store.announce(2, 2) == [2]
     assert [(e.due_step, e.step, e.state) for e in store.state().evals][1:] == [(2, 2, "running")]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """The database knows the checkpoints that were made beside it; one that is made again replaces the older one."""
+    made = {2: 7, 4: 8}
+    store = open_store(tmp_path, own_batches=True, steps=9, checkpoint=made.get)
+    for step in range(5):
+        store.batch(step)
+        store.ack(step, step + 1, checkpoint_step=step if step in made else None)
+    made[2] = 9
+    with pytest.raises(RunFailed, match=r"hub.sqlite and the checkpoint of step 2 are of two runs"):
+        store.rewind(2, 2)
+    made[2] = 7
+    store.rewind(2, 2)
+    made[4] = 10  # made again, and the run was killed before it told the hub
+    store.rewind(4, 4)
+    made.clear()
+    store.rewind(2, 2)

@@ -61,7 +61,7 @@ def no_tokenizer(folder: Path) -> None:
         (empty, "is not a whole safetensors file: header length"),
         (no_second_shard, "lacks `model-00002-of-00002.safetensors`"),
         (wrong_index, "1 tensors of its index are in no shard, for example `model.nothing`"),
-        (torn_index, "is no index of shards"),
+        (torn_index, "is not an index of shards"),
         (no_tokenizer, "no tokenizer in"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from astracli.cli.main import run
 from astracli.config import reading, recipe_io
 from astracli.data.fetch import BUNDLED_PREFIX, bundled
 from astracli.errors import UserError, refused_by_system
-from astracli.launch.inputs import check_tokenizer
-from astracli.models.adapter import read_config
+from astracli.launch.inputs import check_checkpoint, check_tokenizer
+from astracli.models import registry
+from astracli.models.adapter import SHARD_INDEX, load_tokenizer, read_config
 from astracli.models.adapter_tools import checkpoint_tensors
 
 R = "qwen3.5-tiny-m2po-delta"
@@ -145,10 +147,49 @@ def test_a_model_of_a_thousand_million_layers(tiny: Path, capsys: pytest.Capture
     change(tiny, num_hidden_layers=10**9, layer_types=None)
     assert "`num_hidden_layers` = 1000000000" in refusal(capsys, *command)
     change(tiny, num_hidden_layers="two")
-    assert "none that adapter" in refusal(capsys, *command)
+    assert 'a whole number from 1, not "two"' in refusal(capsys, *command)
     (tiny / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested too deeply"):
         read_config(tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("config.json", {"text_config": [{}]}, "`text_config` is a table, not a list of 1"),
+        ("config.json", {"architectures": [1]}, "`architectures` is a list of short texts"),
+        ("config.json", {"vocab_size": 10**13}, "`vocab_size` = 10000000000000: no model has that"),
+        ("config.json", {"vocab_size": 10**12}, "do not fit"),
+        ("config.json", {"rope_parameters": {"rope_type": []}}, "rope_parameters.`rope_type` is a short text"),
+        ("config.json", {"my_factor": float("nan")}, "`my_factor` is not a number"),
+        ("config.json", {"layer_types": {"a": 1}}, "`layer_types` is a list"),
+        ("generation_config.json", {"eos_token_id": "x"}, 'a token id, or a list of them, not "x"'),
+        ("tokenizer_config.json", {"eos_token": "x" * 100_000}, "at most 1000 characters"),
+        ("tokenizer_config.json", {"chat_template": 7}, "`chat_template` is a text"),
+        (SHARD_INDEX, {"weight_map": {"a": "../../etc/passwd"}}, "is no file's name"),
+    ],
+)
+def test_documents_of_another_structure(name: str, change: dict[str, Any], named: str, tiny: Path) -> None:
+    file = tiny / name
+    document = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(document | change))
+    with pytest.raises(UserError, match=re.escape(named)):
+        check_checkpoint(tiny, recipe_io.load(R, []))
+
+
+def test_code_beside_a_checkpoint_is_not_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone, transformers asks at the terminal whether it may run it; whoever types `y` has lost."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    (tiny / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    classes = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        document = json.loads((tiny / name).read_text()) | {"auto_map": classes, "model_type": "nobodys"}
+        (tiny / name).write_text(json.dumps(document | {"tokenizer_class": "Nobodys"}))
+    with pytest.raises(UserError, match="cannot load the tokenizer"):
+        load_tokenizer(tiny)
+    with pytest.raises(UserError, match="cannot read the config"):
+        registry.get("generic").load_for_training(tiny)
+    assert not (tmp_path / "ran").exists()
 
 
 def shard(model: Path, header: dict[str, Any] | str, size: int) -> None:

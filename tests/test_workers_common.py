@@ -322,3 +322,31 @@ def running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+DAEMON = """
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.closerange(0, 64)
+        with open(config.run_dir / "pid", "w") as file: file.write(str(os.getpid()))
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+while not (config.run_dir / "pid").exists() or not (config.run_dir / "pid").read_text(): time.sleep(0.02)
+reporter.ready()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans can be adopted on Linux alone")
+@pytest.mark.parametrize("ends", ["by itself", "with an error", "when stopped"])
+def test_a_daemon_of_the_users_code_ends_with_its_worker(ends: str, tmp_path: Path, hub: FakeHub) -> None:
+    """It has forked twice, has a session of its own and no parent that waits for it."""
+    then = {"by itself": "", "with an error": "raise ValueError('x')", "when stopped": "time.sleep(60)"}[ends]
+    worker = start_worker(tmp_path, hub.url, DAEMON + then)
+    wait_for(lambda: any(body["state"] != "starting" for body in hub.bodies))
+    daemon = psutil.Process(int((tmp_path / "pid").read_text()))
+    if ends == "when stopped":
+        worker.terminate()
+    worker.wait(20)
+    wait_for(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)

@@ -73,8 +73,8 @@ def _checkpoint(subject: Subject) -> Iterator[Check]:
 
 def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]:
     """Names, shapes and dtypes of the files against what the adapter computes from config.json."""
-    adapter, config = subject.adapter, subject.config
-    if adapter is None or config is None:
+    adapter, config, recipe = subject.adapter, subject.config, subject.recipe
+    if adapter is None or config is None or recipe is None:
         return
     dtypes = sorted({t.dtype for name, t in tensors.items() if not is_buffer(name)} - set(TRAINABLE))
     if dtypes:
@@ -84,16 +84,16 @@ def _tensors(subject: Subject, tensors: Mapping[str, Tensor]) -> Iterator[Check]
     if adapter.shapes is None:
         yield Check("tensor names", GROUP, "skip", f"adapter `{adapter.name}` knows them only after loading")
         return
-    expected = adapter.shapes(config)
     held = [name for name in tensors if adapter.wire_name(name)]
-    wrong = list(checkpoint_files.name_obstacles(adapter, config, {name: t.shape for name, t in tensors.items()}))
+    shapes = {name: t.shape for name, t in tensors.items()}
+    wrong = list(checkpoint_files.name_obstacles(adapter, config, shapes, recipe.model.path))
     if wrong:
         what, why, fix = wrong[0]
         yield Check("tensor names", GROUP, "fail", what, why, fix)
     else:
         beside = len(tensors) - len(held)
         more = f", {beside} beside them never trained" if beside else ""
-        yield Check("tensor names", GROUP, "ok", f"{len(expected)} trained tensors as the adapter expects{more}")
+        yield Check("tensor names", GROUP, "ok", f"{len(held)} trained tensors as the adapter expects{more}")
 
 
 def _kept(subject: Subject, tensors: Mapping[str, Tensor]) -> Check:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from astracli.config import reading
 from astracli.config.recipe import Recipe
 from astracli.config.recipe_data import GENERATED, DataTable, sets
 from astracli.errors import UserError
 from astracli.machine import packages, read
 from astracli.machine.facts import CheckpointFacts, DataSet, Environment, Machine, Network, RunLeft, Tensor
-from astracli.models import registry
+from astracli.models import documents, registry
 from astracli.models.adapter import SHARD_INDEX, read_config
 from astracli.models.adapter_tools import checkpoint_tensors, has_chat_template
 from astracli.runs.clean import clean, dead, leftovers
@@ -81,8 +80,8 @@ def _beside(place: Path) -> dict[str, Any]:
     shards: set[str] = set()
     if index.is_file():
         try:
-            shards = set(reading.from_json(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            shards = set(documents.shard_of(index).values())
+        except UserError:
             shards = {f"{index.name} (unreadable)"}
     elif not any(place.glob("*.safetensors")):
         shards = {"model.safetensors"}

@@ -21,6 +21,7 @@ def prepare(out: Path, checkpoint: Path, adapter: ModelAdapter, *, weights: bool
     """
     out.mkdir(parents=True, exist_ok=True)
     config = adapter.text_only_config(read_config(checkpoint))
+    config.pop("auto_map", None)  # it names code beside the checkpoint, and engines have run it unasked
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if weights:
         _weights(out, checkpoint, adapter, tied=bool(config.get("tie_word_embeddings")))

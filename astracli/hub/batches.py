@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 from astracli.errors import RunFailed
@@ -16,12 +16,18 @@ PRUNED_AT_ONCE = 2
 """Steps; one is made at each acknowledgement, so two keep up."""
 
 
+_CHECKPOINT = "checkpoint_at_"
+"""How keys begin whose value stands for the content of a step's checkpoint."""
+
+
 class BatchBook:
     """Part of the store, which holds the database's lock around every call."""
 
-    def __init__(self, database: Database, settings: HubSettings):
+    def __init__(self, database: Database, settings: HubSettings, checkpoint: Callable[[int], int | None]):
+        """`checkpoint`: a number that stands for the content of the checkpoint of a step; None without one."""
         self._db = database
         self._settings = settings
+        self._checkpoint = checkpoint
         self._fifo = settings.consume == "fifo"
         self._size = settings.batch_groups
         self.hopeless: NoSignal | None = None
@@ -200,6 +206,8 @@ class BatchBook:
             if checkpoint_step is not None and checkpoint_step > before:
                 self._db.set_meta("checkpoint_step", checkpoint_step)
                 self._db.set_meta("prunable_before", before)
+                if (made := self._checkpoint(checkpoint_step)) is not None:
+                    self._db.set_meta(f"{_CHECKPOINT}{checkpoint_step}", made)
             elif not self._settings.checkpoints and not before:
                 self._db.set_meta("prunable_before", max(step, self._db.meta("prunable_before")))
             self._prune()
@@ -260,13 +268,20 @@ class BatchBook:
         self._db.rows("DELETE FROM meta WHERE key != 'schema_version'")
 
     def check_rewind(self, step: int) -> None:
-        """Raises RunFailed when a batch of `step` or later can no longer be served, or earlier ones are unknown."""
+        """Raises RunFailed when a batch of `step` or later can no longer be served, when earlier ones are unknown, and
+        when the checkpoint of `step` is not the one that this database has seen."""
         if step > self.next_step and not self._settings.own_batches:  # the trainer's own ones follow from the step
             raise RunFailed(
                 f"hub.sqlite is damaged or an old copy: it knows the batches of {count(self.next_step, 'step')}, the "
                 f"checkpoint has trained {step}",
                 f"move checkpoints behind step {self.next_step} out of the run's `checkpoints` folder to go on from an "
                 "older one, or start a new run with `astra train --from RUN_DIR`",
+            )
+        known, found = self._db.meta(f"{_CHECKPOINT}{step}"), self._checkpoint(step)
+        if known and found is not None and known != found:
+            raise RunFailed(
+                f"hub.sqlite and the checkpoint of step {step} are of two runs: one of them was replaced",
+                "put the file of this run back, or start a new run with `astra train --from RUN_DIR`",
             )
         pruned = self._db.scalar("SELECT COUNT(*) FROM batches WHERE pruned = 1 AND step >= ?", step)
         pruned += max(0, self.forgotten("steps") - step)
@@ -280,6 +295,8 @@ class BatchBook:
         """Inside a transaction of the caller: steps >= `step` were never trained; their batches stay as they are."""
         self._db.rows("UPDATE batches SET acked = 0, version = NULL WHERE step >= ?", step)
         self._db.set_meta("checkpoint_step", min(step, self._db.meta("checkpoint_step")))
+        later = "key GLOB ? AND CAST(substr(key, ?) AS INTEGER) > ?"  # they are made again
+        self._db.rows(f"DELETE FROM meta WHERE {later}", f"{_CHECKPOINT}*", len(_CHECKPOINT) + 1, step)
 
 
 def _means(groups: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:

@@ -54,11 +54,13 @@ class HubStore:
         *,
         curriculum: Curriculum | None = None,
         clock: Callable[[], float] = time.monotonic,
+        checkpoint: Callable[[int], int | None] = lambda step: None,
     ):
+        """`checkpoint`: as `BatchBook` takes it."""
         self.settings = settings
         self._db = Database(Path(path))
         self._board = EvalBoard(self._db, settings)
-        self._batches = BatchBook(self._db, settings)
+        self._batches = BatchBook(self._db, settings, checkpoint)
         self._leases = LeaseBook(self._db, settings, curriculum, clock)
         self._gpu_leases = GpuLeases(settings.gpu_leases)
         self._slots = SlotShares(settings.slots, settings.eval_slots, clock)

@@ -74,6 +74,8 @@ def tokens(recipe: Recipe, folder: Path, messages: Sequence[Mapping[str, Any]]) 
     does not take them."""
     try:
         return ChatFormat.of(recipe).tokens(load_tokenizer(folder), messages)
+    except UserError:
+        raise
     except Exception as error:  # whatever the template raises
         roles = ", ".join(str(turn["role"]) for turn in messages)
         raise UserError(

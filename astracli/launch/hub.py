@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from astracli.launch.configs import RunContext
 from astracli.process import ports
 from astracli.process.config import Role
+from astracli.training import checkpoint
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
@@ -77,7 +78,13 @@ def _store(context: RunContext) -> HubStore:
         checkpoint_every=recipe.checkpoint.every if recipe.checkpoint.best is not None else 0,
     )
     curriculum = _curriculum(context) if training else None
-    return HubStore(context.run_dir.hub_sqlite, settings, curriculum=curriculum)
+    place = context.run_dir.checkpoints
+    return HubStore(
+        context.run_dir.hub_sqlite,
+        settings,
+        curriculum=curriculum,
+        checkpoint=lambda step: checkpoint.seal(place, step),
+    )
 
 
 def history_steps(recipe: Recipe) -> int:

@@ -61,4 +61,5 @@ def parameters(recipe: Recipe) -> int:
     if config is None:
         return 0
     model = recipe.model.model_copy(update={"path": path, "adapter": "auto", "revision": None})
-    return registry.resolve(recipe.model_copy(update={"model": model}), config).memory_shape(config).parameters
+    adapter = registry.resolve(recipe.model_copy(update={"model": model}), config)
+    return adapter.asked(adapter.memory_shape, config, path).parameters

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from astracli.models.chat import ChatFormat
     from astracli.models.decoding import Decoding
 
+T = TypeVar("T")
 SHARD_INDEX = "model.safetensors.index.json"
 """The file of a checkpoint that says in which shard each tensor lies."""
 
@@ -158,6 +159,21 @@ class ModelAdapter:
     tiny_config: Callable[[], dict[str, Any]] | None = None
     """A config.json of a model of this family small enough for tests."""
 
+    def asked(self, question: Callable[[Mapping[str, Any]], T], config: Mapping[str, Any], path: object) -> T:
+        """What the adapter makes of the config.json of `path`. Raises UserError where a key of its family lacks."""
+        from astracli.errors import UserError
+
+        try:
+            return question(config)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            said = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(
+                f"the config.json of `{path}` is none that adapter `{self.name}` reads: {said}",
+                "download the checkpoint again, or name another with `--set model.adapter=NAME`",
+            ) from None
+
     def block_classes(self, model: Any) -> frozenset[str]:
         """Class names that FSDP wraps and checkpointing recomputes.
 
@@ -191,19 +207,24 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint directory, as `AutoTokenizer` gives it.
 
     `AutoTokenizer` imports all of transformers' model code; a process that has no model need not pay those 2 s of CPU
-    when the checkpoint names the plain class.
+    when the checkpoint names the plain class. Raises UserError.
     """
-    import json
+    from astracli.errors import UserError
+    from astracli.models import documents
 
-    file = path / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    if settings.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in settings:
-        from transformers import PreTrainedTokenizerFast
+    settings = documents.check_beside(path)
+    try:
+        if settings.get("tokenizer_class") in PLAIN_TOKENIZERS and "auto_map" not in settings:
+            from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(str(path))
-    from transformers import AutoTokenizer
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(path))
+        # left out, transformers asks at the terminal whether it may run code of the files
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises of what the files say
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot load the tokenizer of `{path}`: {reason}", documents.AGAIN) from error
 
 
 def chat_prompt_tokens(
@@ -220,9 +241,11 @@ def chat_prompt_tokens(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory. Raises UserError when it is missing or no JSON object."""
+    """config.json of a checkpoint directory. Raises UserError when it is missing, no JSON object, or says what no model
+    has."""
     from astracli.config import reading
     from astracli.errors import UserError
+    from astracli.models import documents
 
     file = path / "config.json"
     try:
@@ -236,23 +259,5 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read `{file}`: {(error.strerror or str(error)).lower()}") from None
     if not isinstance(document, dict) or "model_type" not in document:
         raise UserError(f"`{file}` has no `model_type`", "give a transformers checkpoint as model.path")
-    if (large := _too_large(document)) is not None:
-        raise UserError(f"`{file}`: {large}: no model has that", "download the checkpoint again")
+    documents.check_config(file, document)
     return document
-
-
-MOST_LAYERS, MOST_HEADS, LARGEST_SIZE = 4096, 65_536, 2**40
-"""Of a model: layers; heads, experts and other things that are counted; any number of its config.json."""
-
-
-def _too_large(config: Mapping[str, Any]) -> str | None:
-    """The first count of a config that nothing should be made for (a plan has a row of every layer); None if none."""
-    for key, value in config.items():
-        if isinstance(value, dict) and (found := _too_large(value)) is not None:
-            return found
-        if not isinstance(value, int):
-            continue
-        most = MOST_LAYERS if key.endswith(("layers", "n_layer")) else MOST_HEADS if key.startswith("num_") else None
-        if abs(value) > (most or LARGEST_SIZE):
-            return f"`{key}` = {value if abs(value) < 10**30 else 'a number of very many digits'}"
-    return None

@@ -26,6 +26,7 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
 """Of a tensor's elements; a dtype that is not here is not checked for its size."""
+_MOST_DIMENSIONS = 64
 _BUFFERS = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
 )
@@ -40,11 +41,13 @@ def checkpoint_tensors(path: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
-            with file.open("rb") as stream:
+            with reading.opened(file) as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 if not 0 < size <= min(HEADER_BYTES, file.stat().st_size - 8):
                     raise ValueError("header length does not fit the file")
                 header = reading.from_json(stream.read(size).decode("utf-8"))
+                if not isinstance(header, dict):
+                    raise ValueError("its header is not a JSON object")
                 _check_offsets(header, file.stat().st_size - 8 - size)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(
@@ -57,15 +60,27 @@ def checkpoint_tensors(path: Path) -> dict[str, dict[str, Any]]:
 def _check_offsets(header: Mapping[str, Any], have: int) -> None:
     """The tensors of a shard lie one behind another and fill it. Raises ValueError."""
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if not _well_formed(entry):
+            raise ValueError(f"the entry of `{name[:80]}` in it has no dtype, shape and place")
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        low, high = (int(offset) for offset in entry["data_offsets"])
-        size = prod(int(length) for length in entry["shape"]) * DTYPE_BITS.get(entry["dtype"], 0) // 8
+        low, high = entry["data_offsets"]
+        size = prod(entry["shape"]) * DTYPE_BITS.get(entry["dtype"], 0) // 8
         if low != end or high < low or (size and size != high - low):
             raise ValueError(f"the place of `{name[:80]}` in it is wrong")
         end = high
     if end != have:
         raise ValueError(f"its header promises {end} bytes of tensors, it holds {have}")
+
+
+def _well_formed(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(place, list):
+        return False
+    return len(place) == 2 and len(shape) <= _MOST_DIMENSIONS and all(type(each) is int for each in [*shape, *place])
 
 
 def is_buffer(name: str) -> bool:
@@ -86,29 +101,32 @@ def load_checkpoint(
     path: Path,
     *,
     attention: str,
-    config: Any = None,
+    config: Callable[[], Any] | None = None,
     text_name: Callable[[str], str | None] = lambda name: name,
 ) -> Any:
     """A model in fp32, without dropout, every tensor of which came from the checkpoint.
 
-    `text_name` maps a checkpoint name to the model's own, or to None for a tensor that this model leaves out. Raises
-    UserError with the names when a tensor is missing, left over or of another shape.
+    `config` makes the model's config, where it is not the one in the directory. `text_name` maps a checkpoint name to
+    the model's own, or to None for a tensor that this model leaves out. Raises UserError for files that transformers
+    does not take, and with the names when a tensor is missing, left over or of another shape.
     """
     import torch
 
     path = Path(path)
     in_files = {text_name(name) for name in checkpoint_tensors(path)} - {None}
-    arguments: dict[str, Any] = {"config": config} if config is not None else {}
     try:
+        arguments: dict[str, Any] = {"config": config()} if config is not None else {}
         model, info = model_class.from_pretrained(
             path,
             dtype=torch.float32,
             attn_implementation=attention,
             output_loading_info=True,
             local_files_only=True,
+            use_safetensors=True,  # nothing is unpickled
+            trust_remote_code=False,  # left out, transformers asks at the terminal whether it may run code of the files
             **arguments,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever transformers raises of what the files say
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load `{path}`: {reason}", "check model.path and the files in it") from error
     names = set(model.state_dict())

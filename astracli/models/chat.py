@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astracli.config import reading
+from astracli.models.rendering import FILES, applied
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
@@ -62,16 +63,13 @@ class ChatFormat:
         generate: bool = True,
     ) -> str:
         """The text of some turns, with `generate` up to where the next answer begins. Raises what the template
-        raises."""
+        raises, and TooMuch (`models/rendering.py`)."""
         begins = self.assistant_prefix if generate else ""
         if not has_template(tokenizer):
             return bare_text(messages) + begins
         options = {THINKING: self.thinking, **self.template_args}
         given = {"tools": [dict(tool) for tool in tools]} if tools else {}
-        rendered: str = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=generate, tokenize=False, **given, **options
-        )
-        return rendered + begins
+        return applied(tokenizer, messages, add_generation_prompt=generate, **given, **options) + begins
 
     def hidden(
         self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]
@@ -132,7 +130,7 @@ def special_names_of(folder: Path) -> tuple[str, ...]:
 
 def template_of(folder: Path) -> str:
     """The text of the chat template in a checkpoint directory; "" without one."""
-    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+    for name in FILES:
         try:
             text = (folder / name).read_text(encoding="utf-8", errors="replace")
             found = text if name.endswith(".jinja") else reading.from_json(text).get("chat_template")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from astracli.config import reading
 from astracli.errors import UserError
+from astracli.models import documents
 from astracli.models.adapter import SHARD_INDEX, ModelAdapter, load_tokenizer
 from astracli.models.adapter_tools import checkpoint_tensors, is_buffer
 from astracli.models.preflight import UNQUANTIZED, Obstacle, text_config
@@ -28,8 +29,9 @@ _COMPARED_BYTES = 16 << 20
 
 def file_obstacles(folder: Path, config: Mapping[str, Any], adapter: ModelAdapter | None = None) -> Iterator[Obstacle]:
     """Of the files beside config.json: shards, dtypes, a tied head, the tokenizer, and names as `adapter` has them.
-    Raises UserError for a file that is no whole safetensors file."""
+    Raises UserError for a file that is no whole safetensors file, and for documents of another structure."""
     tensors = checkpoint_tensors(folder)
+    documents.check_beside(folder)
     yield from _shards(folder, tensors)
     odd = sorted({entry["dtype"] for name, entry in tensors.items() if not is_buffer(name)} - set(TRAINABLE))
     if odd:
@@ -38,18 +40,22 @@ def file_obstacles(folder: Path, config: Mapping[str, Any], adapter: ModelAdapte
     else:
         yield from _tied_head(folder, tensors, config)
     if adapter is not None:
-        yield from name_obstacles(adapter, config, {name: entry["shape"] for name, entry in tensors.items()})
+        yield from name_obstacles(adapter, config, {name: entry["shape"] for name, entry in tensors.items()}, folder)
     yield from _tokenizer(folder, config)
 
 
 def name_obstacles(
-    adapter: ModelAdapter, config: Mapping[str, Any], tensors: Mapping[str, Iterable[int]]
+    adapter: ModelAdapter, config: Mapping[str, Any], tensors: Mapping[str, Iterable[int]], path: object
 ) -> Iterator[Obstacle]:
     """Names and shapes of the files (`tensors`: name -> shape) against what the adapter computes from config.json;
     nothing for an adapter that knows them only after loading."""
     if adapter.shapes is None:
         return
-    expected = adapter.shapes(config)
+    try:
+        expected = adapter.asked(adapter.shapes, config, path)
+    except UserError as error:
+        yield Obstacle("a whole config.json", error.message, error.hint or "")
+        return
     held = {name: tuple(shape) for file_name, shape in tensors.items() if (name := adapter.wire_name(file_name))}
     left = (name for name in held.keys() - expected.keys() if not is_buffer(name))
     problems = {
@@ -68,12 +74,7 @@ def _shards(folder: Path, tensors: Mapping[str, Any]) -> Iterator[Obstacle]:
     index = folder / SHARD_INDEX
     if not index.is_file():
         return
-    again = "download the checkpoint again"
-    try:
-        wanted = dict(reading.from_json(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        yield Obstacle("a whole checkpoint", f"`{index}` is no index of shards: {error!r}", again)
-        return
+    again, wanted = documents.AGAIN, documents.shard_of(index)
     absent = sorted({file for file in wanted.values() if not (folder / file).is_file()})
     lost = sorted(name for name in wanted if name not in tensors)
     if absent:
@@ -213,7 +214,11 @@ def _ids(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
         if isinstance(vocabulary, list):  # unigram: [[piece, score], ...]
             vocabulary = {piece: i for i, (piece, *_) in enumerate(vocabulary)}
         added = {token["content"]: int(token["id"]) for token in document.get("added_tokens") or ()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(i, int) and 0 <= i < 2**31 for i in (*vocabulary.values(), *added.values())):
+            raise ValueError("not every id is a number")
+        if any(len(token) > documents.LONGEST_TOKEN for token in added):
+            raise ValueError(f"an added token has more than {documents.LONGEST_TOKEN} characters")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         message = f"`{file}` is no tokenizer of the `tokenizers` package: {type(error).__name__}: {error}"
         raise _NoTokenizer(message) from None
     return {name: i for name, i in vocabulary.items() if name not in added}, added

@@ -17,6 +17,7 @@ from typing import Any
 
 from astracli.errors import UserError
 from astracli.models.chat import ChatFormat, has_template
+from astracli.models.rendering import TooMuch
 
 Message = Mapping[str, Any]
 MARK = "qvZanswerXwq"
@@ -88,6 +89,8 @@ class Conversation:
         new = [{"role": role, "content": text} for text in (_SAID if role == "tool" else _SAID[:1])]
         try:
             behind = self._behind(_HISTORY, new, ())
+        except TooMuch:
+            raise
         except Exception as error:  # whatever the template raises
             return f"a turn of `{role}` behind an answer: {error}"
         places = [behind.find(str(turn["content"])) for turn in new]
@@ -98,6 +101,8 @@ class Conversation:
             try:
                 start = self._chat.render(self._tokenizer, history, tools=tools, generate=False)
                 whole, other = self._whole(history, new, tools), self._behind(history, new, tools)
+            except TooMuch:
+                raise
             except Exception:  # a template without a system turn, or without tools: nothing to compare
                 continue
             if other != behind:

@@ -17,7 +17,7 @@ from astracli.errors import UserError
 from astracli.machine.facts import Machine
 from astracli.machine.findings import PlanProblem
 from astracli.models import lora_targets
-from astracli.models.adapter import MemoryShape, ModelAdapter
+from astracli.models.adapter import ModelAdapter
 from astracli.plan import hints, hosts, problems, prompts
 from astracli.plan.draft import Draft
 from astracli.plan.types import Command, LaunchPlan
@@ -43,7 +43,7 @@ def build(
     `teacher`: parameters of the model that the algorithm asks for, 0 without one.
     """
     known = config if config is not None else adapter.known_configs.get(recipe.model.path)
-    shape = _shape(adapter, recipe, known) if known is not None else None
+    shape = adapter.asked(adapter.memory_shape, known, recipe.model.path) if known is not None else None
     if shape is not None and known is not None:
         shape = replace(lora_targets.sized(shape, recipe.lora, adapter, known), teacher=teacher)
     draft = Draft(recipe, choice, facts, command, shape, checkpoint_bytes, fleet)
@@ -73,20 +73,6 @@ def build(
     what = f"checkpoint {recipe.model.path} not on this machine"
     absent = PlanProblem("checkpoint", what, what, "it is downloaded when a run starts", blocking=False)
     return replace(plan, problems=(*plan.problems, absent))
-
-
-def _shape(adapter: ModelAdapter, recipe: Recipe, config: Mapping[str, Any]) -> MemoryShape:
-    """What the adapter makes of a config.json. Raises UserError for one that lacks what the family has."""
-    try:
-        return adapter.memory_shape(config)
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        said = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(
-            f"the config.json of `{recipe.model.path}` is none that adapter `{adapter.name}` reads: {said}",
-            "download the checkpoint again, or name another with `--set model.adapter=NAME`",
-        ) from None
 
 
 def refuse(plan: LaunchPlan) -> None:

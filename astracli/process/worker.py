@@ -27,7 +27,7 @@ from typing import Any, Literal, NoReturn
 import httpx
 
 from astracli.errors import AstraError, machine_failed
-from astracli.process import intact
+from astracli.process import intact, sandbox_guard
 from astracli.process.config import C, ProcessConfig, load_config
 from astracli.process.open_files import raise_open_files
 from astracli.process.patience import GONE_S, Patience
@@ -183,6 +183,7 @@ class Reporter:
 
 def _leave(reason: str) -> None:
     print(f"error: {reason}, this process ends", file=sys.stderr, flush=True)
+    sandbox_guard.kill_below(os.getpid())
     os._exit(ORPHAN_EXIT)
 
 
@@ -200,8 +201,10 @@ def worker_main(fn: Callable[[C, Reporter], None], kind: type[C]) -> None:
 
     0 done, 1 failed, 75 failed in a way that may pass (`transient`), 2 bad input, 143 told to stop. SIGTERM sets
     `reporter.stop_requested` and unwinds the main thread with SystemExit, so that `finally` blocks run. SIGUSR1 prints
-    every thread's stack to stderr and goes on.
+    every thread's stack to stderr and goes on. Processes that code of the user's has left behind (an environment's
+    daemon) stay below this one, and end with it.
     """
+    sandbox_guard.prctl(sandbox_guard.PR_SET_CHILD_SUBREAPER, 1)
     try:
         config = load_config(sys.argv, kind)
     except AstraError as error:
@@ -227,6 +230,7 @@ def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    sandbox_guard.kill_below(os.getpid())
     os._exit(code)
 
 

@@ -1,9 +1,14 @@
-"""One byte wrong in a file of a run: in a checkpoint, a version of the weights, the hub's database, metrics.jsonl."""
+"""One byte wrong in a file of a run: in a checkpoint, a version of the weights, the hub's database, metrics.jsonl; and
+files that are whole, and are another run's or of another time."""
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sqlite3
+import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import product
@@ -61,3 +66,59 @@ def rows(world: World, times: int, parts: list[str]) -> list[Row]:
         work = partial(resumed, world, f"{part}{number}".replace(" ", ""), part)
         found.append(attempted(Row(f"one byte wrong, {part}", ""), work))
     return found
+
+
+# ---- files that are whole, and are not this run's
+
+
+def _of_other(run: Path, other: Path, pattern: str) -> None:
+    for file in [*run.glob(pattern)]:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    for file in other.glob(pattern):
+        (shutil.copytree if file.is_dir() else shutil.copy2)(file, run / file.relative_to(other))
+
+
+def _cut(file: Path, part: float) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: int(part * len(data))])
+
+
+def _dated(run: Path, seconds: float) -> None:
+    """Every file and folder as if its clock had been elsewhere."""
+    for path in [*run.rglob("*"), run]:
+        os.utime(path, (seconds, seconds), follow_symlinks=False)
+
+
+STATES: dict[str, tuple[Callable[[Path, Path], None], tuple[str, ...]]] = {
+    "hub of another run": (
+        lambda run, other: _of_other(run, other, "hub.sqlite*"),
+        (r"hub\.sqlite and the checkpoint",),
+    ),
+    "checkpoints of another run": (
+        lambda run, other: _of_other(run, other, "checkpoints/step_000006"),
+        (r"hub\.sqlite and the checkpoint",),
+    ),
+    "weights of another run": (lambda run, other: _of_other(run, other, "weights/*"), ()),
+    "status of another run": (lambda run, other: _of_other(run, other, "status.json"), ()),
+    "metrics empty": (lambda run, _: _cut(run / "metrics.jsonl", 0.0), ()),
+    "metrics cut within a line": (lambda run, _: _cut(run / "metrics.jsonl", 0.5), ()),
+    "files from 1970": (lambda run, _: _dated(run, 0.0), ()),
+    "files ten years ahead": (lambda run, _: _dated(run, time.time() + 315_360_000), ()),
+}
+"""What is done to a run that was killed, given another one; what its resume may end with, else it must finish."""
+
+
+def states(world: World, names: Sequence[str]) -> list[Row]:
+    other = World(world.folder / "other", seed=1).template(7)
+
+    def one(row: Row, name: str) -> Row:
+        change, causes = STATES[name]
+        run = world.copy(name.replace(" ", "_"))
+        goal = acked(run) + 2
+        change(run, other)
+        row = world.judge(row, world.start(run, None, [f"train.steps={goal}"]), causes)
+        if row.outcome == "finished" and not name.startswith("metrics"):  # the books are read there
+            row.problems += world.books(run)
+        return row
+
+    return [attempted(Row(name, "before a resume"), partial(one, name=name)) for name in names]

@@ -100,6 +100,15 @@ def evil(world: World, what: str, row: Row) -> Row:
     return row
 
 
+def evil_environment(world: World, row: Row) -> Row:
+    """It leaves a daemon at each episode, in the rollout worker's own process."""
+    head = "from astracli.envs.single_turn import SingleTurnEnv\n\n\nclass Harm(SingleTurnEnv):\n"
+    body = "".join(f"    {line}\n" for line in EVIL["daemon"].rstrip().splitlines())
+    run = "    async def run(self, problem, policy):\n"
+    (world.folder / "evil_env.py").write_text(head + run + body + "        return await super().run(problem, policy)\n")
+    return finishes(world, "evil_env", row, sets=("rollout.env=evil_env:Harm",))
+
+
 def out_of_memory(world: World, name: str, row: Row) -> Row:
     """A worker is moved into a group whose limit it passes at once: the kernel kills it."""
     run = world.folder / f"oom_{name}"
@@ -222,6 +231,7 @@ ROWS: dict[str, tuple[str, str, Work]] = {
     "home": ("home that cannot be written", "another user", another_user),
     "bomb": ("fork bomb in a reward", "400 processes", lambda w, r: evil(w, "bomb", r)),
     "memory": ("reward that takes all memory", "4 GiB", lambda w, r: evil(w, "memory", r)),
+    "env-daemon": ("an environment leaves daemons", "one an episode", evil_environment),
     "ten": ("reward that takes 10 GB", "data.reward_memory_gib = 1", lambda w, r: evil(w, "ten", r)),
     "daemon": ("reward that leaves daemons", "", lambda w, r: evil(w, "daemon", r)),
     **{

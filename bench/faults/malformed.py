@@ -8,14 +8,18 @@ started; each runs in this process, as a command does before it starts anything.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
+import math
+import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from astracli.cli import main
 from astracli.cli.output import Output
@@ -23,10 +27,14 @@ from astracli.config import recipe_io
 from astracli.data.fetch import BUNDLED_PREFIX, bundled
 from astracli.errors import UserError
 from astracli.launch.inputs import fetched
+from astracli.models.adapter import SHARD_INDEX
+from astracli.models.adapter_tools import checkpoint_tensors
 from faults.world import Row
 
 RECIPE = "qwen3.5-tiny-m2po-delta"
-LIMIT_S = 20.0
+SHARD = "model.safetensors"
+LIMIT_S, LIMIT_MIB = 20.0, 1024
+"""CPU time of an input, and memory that it may add."""
 LONGEST = 6000
 """Characters of a message."""
 ODD = (
@@ -34,6 +42,29 @@ ODD = (
     "{}", "[" * 300, '"' + "a" * 5000 + '"', '"\\u001b[2J"', '"../../../etc/passwd"', '"\U0001f600"', "1979-05-27",
     '["a", 1, {}]', "{a = 1}", '"-"', "18446744073709551616", '"math:"', '":"', '"."', '"/dev/null"',
 )  # fmt: skip
+
+VALUES: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 10**9, 10**12, 2**63, 10**400, -(10**9), 0.5, -0.5, 1e308, 1e-320, math.nan,
+    math.inf, "", "x", "x" * 100_000, "\x1b[2J\x07", "../../etc/passwd", "/dev/zero", "\ud800", [], {}, [[]], [{}],
+    {"": None}, [None] * 9, [0] * 100_000, ["a", 1, {}], {"a": {"a": {"a": []}}}, json.loads("[" * 200 + "]" * 200),
+)  # fmt: skip
+"""Of a JSON document."""
+EXTRA: dict[str, tuple[Any, ...]] = {
+    "text_config": ([], [{}], "qwen", {}), "architectures": ([], None, [1], "x", [None]), "vocab_size": (10**12,),
+    "num_hidden_layers": (10**9, 4000),
+    "rope_parameters": ([], {"rope_type": "none"}, {"rope_type": [], "factor": "x"}),
+    "rope_scaling": ({"type": "yarn", "factor": math.nan}, {"rope_type": "dynamic", "factor": 0}, "linear"),
+    "layer_types": (["full_attention"] * 4001, ["x"], {}), "quantization_config": ([], 1, {"quant_method": []}),
+    "sliding_window": ("x", -1), "tie_word_embeddings": ("no", []), "model_type": ([], {}, 1, "nobody"),
+    "dtype": ("float1", 7, []), "auto_map": ({"AutoConfig": "evil.Config"},), "head_dim": (0, 10**9),
+    "eos_token_id": ([], "x", -5, 10**12, [None]), "bos_token": ([], {"content": 5}, 7), "eos_token": ({}, [1]),
+    "chat_template": (7, [], {}, "{{", "{% for i in x %}", [{"name": "default"}]),
+    "tokenizer_class": ([], "Nobody", "../x"),
+    "added_tokens_decoder": ([], {"x": 1}, {"5": {}}), "data_offsets": ([0], [0, 10**18]), "shape": ([-1], [10**9] * 9),
+    "weight_map": ([], {"a": 1}, {"a": "../../etc/passwd"}, {"a": "\x00"}), "model_max_length": ("x", -1, math.nan),
+    "logits_scaling": ("x", 0, math.nan), "num_experts": (10**9, "x"), "transformers_version": ([],),
+}  # fmt: skip
+"""Keys that a document may not have, or not on that level."""
 
 
 def mangled(data: bytes, draw: Random) -> bytes:
@@ -145,6 +176,60 @@ def model(folder: Path, draw: Random) -> Tried:
     return Tried(f"model {file.name}", prepared(model__path=str(place)))
 
 
+def document(folder: Path, draw: Random) -> Tried:
+    """One of a checkpoint's JSON files: still JSON, of another structure."""
+    place = folder / "model"
+    shutil.copytree(bundled(f"{BUNDLED_PREFIX}tiny"), place, copy_function=_link)
+    beside = (SHARD, SHARD_INDEX, "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+    name = draw.choice(("config.json",) * 3 + beside)
+    file, rest = place / name, b""
+    if name == SHARD_INDEX:
+        found = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(checkpoint_tensors(place), SHARD)}
+    elif name == SHARD:
+        data = file.read_bytes()
+        size = 8 + int.from_bytes(data[:8], "little")
+        found, rest = json.loads(data[8:size]), data[size:]
+    else:
+        found = json.loads(file.read_bytes())
+    text = json.dumps(restructured(found, draw)).encode()
+    file.unlink(missing_ok=True)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest if name == SHARD else text)
+    words = draw.choices(
+        (("train", "--dry-run"), ("eval", "--dry-run"), ("recipes", "check"), ("doctor",), ()), (6, 6, 4, 1, 6)
+    )[0]
+    sets = ("--set", f"model.path={place}")
+    what = f"document {name} {' '.join(words)}"
+    return Tried(what, command(*words, RECIPE, *sets) if words else prepared(model__path=str(place)))
+
+
+def restructured(found: Any, draw: Random) -> Any:
+    """One to three values of a JSON document become something else, wherever they stand."""
+    for _ in range(draw.randint(1, 3)):
+        places: list[tuple[Any, Any]] = list(_places(found))
+        if not places or draw.random() < 0.02:
+            return copy.deepcopy(draw.choice(VALUES))
+        holder, key = draw.choice(places)
+        value, kind = holder[key], draw.randrange(8)
+        if kind == 0:
+            del holder[key]
+        elif kind == 1:
+            holder[key] = draw.choice(([value], {"x": value}, {str(value)[:20]: value}, [value] * 5000, str(value)))
+        elif kind == 2 and isinstance(holder, dict):
+            extra = draw.choice(list(EXTRA))
+            holder[extra] = copy.deepcopy(draw.choice((*EXTRA[extra], *VALUES)))
+        else:
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
+    return found
+
+
+def _places(found: Any) -> Iterator[tuple[Any, Any]]:
+    """(holder, key or index) of every value; of a long list the first few."""
+    if isinstance(found, dict | list):
+        for key in list(found) if isinstance(found, dict) else range(min(len(found), 4)):
+            yield found, key
+            yield from _places(found[key])
+
+
 def _link(source: str, target: str) -> None:
     Path(target).hardlink_to(Path(source).resolve())
 
@@ -169,7 +254,37 @@ def checkpoint(folder: Path, draw: Random) -> Tried:
     return Tried(f"{' '.join(words[:2])}, {file.name}", command(*words))
 
 
-KINDS = (recipe, setting, rows, benchmark, model, checkpoint)
+def named(folder: Path, draw: Random) -> Tried:
+    """Names and texts that would command a terminal, wherever a message shows them."""
+    evil = "".join(draw.choices(("\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\u202e", "\r", "=1+1|A1"), k=3))
+    place = folder / "model"
+    shutil.copytree(bundled(f"{BUNDLED_PREFIX}tiny"), place, copy_function=_link)
+    what = draw.choice(
+        ("shard", "template", "folder", "run", "rollout.env", "data.reward", "launch.hosts", "benchmark")
+    )
+    dry = ("train", RECIPE, "--dry-run", "--set")
+    if what == "run":
+        (folder / f"run{evil}").mkdir()
+        (folder / f"run{evil}" / "recipe.json").write_text("{}")
+        return Tried("named run", command("runs", draw.choice(("list", "clean")), "--root", str(folder)))
+    if what == "benchmark":
+        (file := folder / f"{evil}.jsonl").write_text('{"problem": "1+1"}\n')
+        return Tried("named benchmark", command(*dry, f"eval.benchmarks={json.dumps([str(file)])}"))
+    if what in ("rollout.env", "data.reward", "launch.hosts"):
+        value = json.dumps([evil, "b"] if what == "launch.hosts" else f"{evil}x:y")
+        return Tried(f"named {what}", command(*dry, f"{what}={value}", "--set", 'launch.network="private"'))
+    if what == "shard":
+        (place / f"{evil}.safetensors").write_text("x")
+    elif what == "template":
+        (place / "chat_template.jinja").unlink()
+        (place / "chat_template.jinja").write_text(f"{evil}{{{{ raise_exception({json.dumps(evil)}) }}}}")
+    else:
+        place = place.rename(folder / f"model{evil}")
+        (place / "config.json").unlink()
+    return Tried(f"named {what}", command(*dry, f"model.path={json.dumps(str(place))}"))
+
+
+KINDS = (recipe, setting, rows, benchmark, model, document, checkpoint, document, named)
 
 
 def tried(folder: Path, seed: int, count: int) -> list[Row]:
@@ -187,7 +302,7 @@ def tried(folder: Path, seed: int, count: int) -> list[Row]:
 def _look(each: Tried, name: str) -> Row:
     row = Row("malformed", f"{name}: {each.what}")
     out, err = io.StringIO(), io.StringIO()
-    began = time.monotonic()
+    began, memory = time.process_time(), _memory()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = each.run()
@@ -197,20 +312,26 @@ def _look(each: Tried, name: str) -> Row:
         except Exception as error:  # what a command would call unexpected
             code = 1
             print(f"unexpected {type(error).__name__}: {error}", file=err)
-    row.seconds = time.monotonic() - began
+    row.seconds = time.process_time() - began
     said = err.getvalue()
     row.said = said.partition("\n")[0]
     row.outcome = {0: "taken", 2: "refused"}.get(code, f"exit {code}")
-    failed = code == 1 and said.startswith("error: ")  # an export of what turns out to be no checkpoint
+    failed = code == 1 and (said.startswith("error: ") or each.what.endswith("doctor"))  # an export; a failed check
     if code not in (0, 2) and not failed:
         row.problems.append(f"exit {code}: {said[-300:]}")
     if "unexpected" in said or "Traceback" in said:
         row.problems.append(said[-600:])
-    if any(ord(sign) < 32 and sign not in "\n\t" for sign in said + out.getvalue()):
+    if any(sign not in "\n\t" and not sign.isprintable() for sign in said + out.getvalue()):
         row.problems.append("it prints control characters")
-    if len(said) > LONGEST or row.seconds > LIMIT_S:
-        row.problems.append(f"{len(said)} characters, {row.seconds:.1f} s")
+    more = _memory() - memory
+    if len(said) > LONGEST or row.seconds > LIMIT_S or more > LIMIT_MIB:
+        row.problems.append(f"{len(said)} characters, {row.seconds:.1f} s of CPU, {more} MiB")
     return row
+
+
+def _memory() -> int:
+    """MiB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def summed(rows: list[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
     python bench/faults/run.py kills [--signals KILL TERM STOP] [--victims ...] [--phases ...] [--stop-s 60]
     python bench/faults/run.py disks [--moments 6] [--kinds full-disk no-inodes ...]     mounts disks: as root
     python bench/faults/run.py damage [--times 2] [--parts checkpoint weights hub ...]
+    python bench/faults/run.py states [--only "hub of another run" ...]
     python bench/faults/run.py network | clock
     python bench/faults/run.py wire [--attempts 12]
     python bench/faults/run.py limits [--only shm descriptors bomb oom-trainer ...]      some as root, with cgroups
@@ -77,6 +78,7 @@ GROUPS: dict[str, tuple[Group, dict[str, object]]] = {
         lambda world, args: damage.rows(world, args.times, args.parts),
         {"times": 2, "parts": list(damage.PARTS)},
     ),
+    "states": (lambda world, args: damage.states(world, args.only), {"only": list(damage.STATES)}),
     "network": (lambda world, _: network.rows(world), {}),
     "wire": (lambda world, args: network.damaged(world, args.attempts), {"attempts": 12}),
     "clock": (lambda world, _: network.clocks(world), {}),

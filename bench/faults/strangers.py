@@ -19,7 +19,7 @@ import shared
 from loop.kill_resume import Attempt
 
 from faults import browser
-from faults.world import Row, World, attempted, marked
+from faults.world import MARK, Row, World, attempted, marked
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from listeners import listening
@@ -72,6 +72,24 @@ def layout(world: World, name: str, row: Row, *, sets: Sequence[str] = (), at: S
     if not found or sum(map(len, found.values())) > most:
         row.problems.append(f"{found or 'no'} listeners were seen, at most {most} are known")
     row.problems += world.books(run) if row.outcome == "finished" else [row.outcome]
+    return row
+
+
+def other(world: World, name: str, row: Row, words: Sequence[str]) -> Row:
+    """A whole command that is no training run. What it starts listens on loopback."""
+    run = world.folder / name
+    log = run.with_suffix(".log")
+    env = {**os.environ, MARK: str(run), "TMPDIR": str(world.tmp), "OMP_NUM_THREADS": "1"}
+    started = shared.start([*shared.ASTRA, *words], world.folder, log, env=env, apart=True)
+    with watched(run) as found:
+        code = started.wait(300)
+    row.outcome = "finished" if code == 0 else f"ended, exit {code}"
+    row.said = ", ".join(f"{address}: {len(ports)}" for address, ports in sorted(found.items()))
+    if code:
+        row.problems.append(log.read_text()[-600:])
+    if set(found) != {"127.0.0.1"}:
+        row.problems.append(f"listens at {sorted(found)}")
+    row.problems += world.left_behind(run)
     return row
 
 
@@ -150,7 +168,17 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
          "at": ("10.99.0.1", "127.0.0.1"), "before": OWN_NETWORK},
     ),
 }  # fmt: skip
+ONE = ("--set", "eval.samples=1", "--set", "eval.pass_k=1", "--set", 'eval.benchmarks=["small.jsonl"]')
+COMMANDS = {
+    "eval": ("eval", shared.RECIPE, *ONE, "--set", "data.reward=coin:coin"),
+    "rollout": ("rollout", shared.RECIPE, "--n", "2"),
+    "sft": ("sft", "tiny-sft", *ONE, "--set", "train.steps=2", "--set", "eval.every=2"),
+}
 ROWS: dict[str, tuple[str, str, Work]] = {
+    **{
+        name: ("where a run listens", f"astra {name}", lambda w, r, n=name, words=words: other(w, n, r, words))
+        for name, words in COMMANDS.items()
+    },
     **{
         name: ("where a run listens", where, lambda w, r, n=name, more=more: layout(w, n, r, **more))
         for name, (where, more) in LAYOUTS.items()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from astracli.config.recipe_env import ToolFormat
 from astracli.errors import UserError
 from astracli.models.chat import ChatFormat, has_template
+from astracli.models.rendering import TooMuch, applied
 from astracli.rewards.grading.extraction import without_thinking
 
 
@@ -142,15 +143,16 @@ def of_template(tokenizer: Any, chat: ChatFormat) -> ToolFormat:
     """The format whose parser reads the calls that a chat template writes. Raises UserError when there is none."""
     call = Call("qvZtoolXwq", {"qvZkeyXwq": "qvZvalueXwq"})
     if has_template(tokenizer):
-        asked = [{"role": "user", "content": "qvZquestionXwq"}]
+        asked: list[dict[str, Any]] = [{"role": "user", "content": "qvZquestionXwq"}]
         written = {"type": "function", "id": "qvZcalled", "function": {"name": call.name, "arguments": call.arguments}}
         turns = [*asked, {"role": "assistant", "content": "", "tool_calls": [written]}]
         for options in ({"enable_thinking": chat.thinking, **chat.template_args}, {}):
             try:
                 start, whole = (
-                    tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=some is asked, **options)
-                    for some in (asked, turns)
+                    applied(tokenizer, some, add_generation_prompt=some is asked, **options) for some in (asked, turns)
                 )
+            except TooMuch:
+                raise
             except Exception:  # it writes no calls
                 continue
             turn = whole.removeprefix(start) if whole.startswith(start) else whole.partition("qvZquestionXwq")[2]

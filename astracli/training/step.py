@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,9 @@ from astracli.kernels import varlen
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
 from astracli.rl import losses
-from astracli.rl.batch import Batch, Division, MicroBatch, Row, arranged, build_batch, micro_batches
+from astracli.rl.batch import Batch, Division, MicroBatch, build_batch, micro_batches
 from astracli.rl.losses import ClipLimits
+from astracli.rl.rows import Row
 from astracli.rl.types import Group
 from astracli.training import objective, packing, parity, shared_prompts
 from astracli.training.adam import learning_rate
@@ -170,24 +170,19 @@ class Trainer:
         if self._teacher_offload is not None:
             self._teacher_offload.to_device()
 
-    def divide(self, groups: Sequence[Group], step: int) -> Batch:
-        """This rank's minibatches and micro-batches of a step's groups."""
-        return build_batch(groups, self.recipe, step=step, **self._share)
-
-    def arrange(self, groups: Sequence[Group], rows: Sequence[Row], step: int) -> Batch:
-        """The same of rows that are made already."""
-        return arranged(list(groups), rows, self.recipe, step=step, **self._share)
-
-    @property
-    def _share(self) -> dict[str, Any]:
-        """How this rank gets its part of a batch."""
-        return {
-            "pad_token": self.pad_token,
-            "rank": self.ranks.rank,
-            "world_size": self.ranks.world_size,
-            "divide_rows": packing.micro_batches if self.packed else micro_batches,
-            "instead": self._shared if self.share_above is not None else None,
-        }
+    def divide(self, groups: Sequence[Group], step: int, rows: Sequence[Row] | None = None) -> Batch:
+        """This rank's minibatches and micro-batches of a step's groups. `rows`: where they are made already."""
+        return build_batch(
+            groups,
+            self.recipe,
+            step=step,
+            rows=rows,
+            pad_token=self.pad_token,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            divide_rows=packing.micro_batches if self.packed else micro_batches,
+            instead=self._shared if self.share_above is not None else None,
+        )
 
     def _shared(self, rows: Sequence[Row]) -> Division | None:
         assert self.share_above is not None

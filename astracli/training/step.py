@@ -239,7 +239,8 @@ class Trainer:
         divisor = objective.denominator(normaliser, work.batch, index, self.recipe)
         micros = work.batch.minibatches[index]
         for micro in micros:
-            logprob_N, entropy_N = work.kept.pop(id(micro), None) or self.forward(self.policy, micro)
+            kept = work.kept.pop(id(micro), None)
+            logprob_N, entropy_N = kept or self.forward(self.policy, micro)
             proximal_N, reference_N = work.proximals.get(id(micro)), work.references.get(id(micro))
             if measure:
                 scoring.measure(self, work, micro, logprob_N.detach(), entropy_N)

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from astracli.rl.batch import batch_normalise
 from astracli.rl.losses import UsualSettings, group_advantage
+from astracli.rl.rows import batch_normalise
 
 
 def group_advantages(rewards_S: np.ndarray, mode: Literal["group", "mean"]) -> np.ndarray:

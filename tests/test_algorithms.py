@@ -18,8 +18,9 @@ from astracli.config.algorithms import AlgorithmTable, installed
 from astracli.config.recipe import Recipe
 from astracli.errors import UserError
 from astracli.rl import losses
-from astracli.rl.batch import Row, empty_micro_batch, pad_rows
+from astracli.rl.batch import empty_micro_batch, pad_rows
 from astracli.rl.losses import TokenLoss
+from astracli.rl.rows import Row
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import objective
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -126,7 +127,9 @@ def test_transformers_loads_the_export_and_generates(there: Path, capsys: pytest
     assert re.search(r"\d", said) and set(said) <= set("0123456789+-= \\boxed{}"), said
 
 
-def test_a_new_run_takes_the_weights_of_a_checkpoint(there: Path, tmp_path: Path) -> None:
+def test_a_new_run_takes_the_weights_of_a_checkpoint(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rounded masters of step 2, bit for bit what was published as version 2; a link to an export of step 3."""
     from safetensors.torch import load_file
 
@@ -138,6 +141,7 @@ def test_a_new_run_takes_the_weights_of_a_checkpoint(there: Path, tmp_path: Path
     source = from_run.find("first@2", keep_optimizer=True)
     assert (source.step, source.kind) == (2, "checkpoint")
     new = RunDir(tmp_path / "new")
+    monkeypatch.setattr(from_run, "subprocess", SimpleNamespace(run=lambda words, **_: warm.run(words[1:])))
     new.path.mkdir()
     recipe = from_run.checked(astracli.load("qwen3.5-tiny-m2po-full", {"seed": 5}), source)
     recipe = from_run.take(recipe, source, new, keep_optimizer=True)

@@ -20,9 +20,10 @@ from astracli.adapters.qwen3_5 import ADAPTER, tiny_config
 from astracli.config.algorithms import installed
 from astracli.kernels import upload
 from astracli.kernels.gpu import fused
-from astracli.training import objective, sums
+from astracli.training import objective, scoring, sums
 from astracli.training.fsdp import Ranks
-from astracli.training.step import Trainer, Work
+from astracli.training.scoring import Work
+from astracli.training.step import Trainer
 
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "vocab_size": 300}
 
@@ -66,7 +67,7 @@ def test_nor_does_the_pass_without_gradients(bench: ModuleType) -> None:
             mock.patch.object(trainer, "algorithm", never),
             count,
         ):
-            trainer._score(work, (work.micros, set()))
+            scoring.score_policy(trainer, work, work.micros, set())
     assert count.waits == [] and len(work.proximals) == sum(map(len, batch.minibatches)) >= 2
     part = sum(int((m.version_N == 1).sum()) for minibatch in batch.minibatches for m in minibatch)
     assert 0 < work.sums.own.tokens == part < batch.loss_tokens

@@ -21,7 +21,8 @@ from astracli.errors import UserError
 from astracli.kernels import varlen
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter
-from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
+from astracli.rl.batch import build_batch, pad_rows
+from astracli.rl.rows import Row, rows_of
 from astracli.rl.types import Segment
 from astracli.training import fsdp, packing
 from astracli.training.logprob import PolicyModel

@@ -298,7 +298,7 @@ def test_no_micro_batch_waits_for_the_gpu(
     monkeypatch.setattr(trainer, "require_agreement", lambda *_: None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer._minibatch(work, 0, 1)
+        trainer.minibatch(work, 0, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -19,7 +19,8 @@ from astracli.backends import choice as backend
 from astracli.errors import RunFailed, UserError
 from astracli.kernels import varlen
 from astracli.models import registry
-from astracli.rl.batch import Row, pad_rows
+from astracli.rl.batch import pad_rows
+from astracli.rl.rows import Row
 from astracli.training import packing, parity
 
 

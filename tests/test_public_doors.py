@@ -16,11 +16,9 @@ OTHERS = {
 
 ALLOWED = {
     "test_hub_curriculum.py": 1,  # `_weight`: the ends of the band, which counts of draws cannot tell apart
-    "test_launches.py": 2,  # `_norm`, `_score`: one kernel and one pass, run without a GPU
-    "test_packing_gpu.py": 1,  # `_minibatch`: one minibatch alone, that must not wait for the GPU
+    "test_launches.py": 1,  # `_norm`: one kernel, run without a GPU
     "test_single_rank.py": 1,  # `_away`: bytes that wait on the host
     "test_supervise.py": 1,  # `_looked`: the supervisor's own clock stands still
-    "test_training_scoring.py": 2,  # `_score`: which minibatches are scored
     "test_weights_changes.py": 4,  # Triton kernels, compiled without a GPU
     "test_weights_gpu.py": 1,  # `_triton`: which of two ways a digest takes
     "test_weights_transfer.py": 2,  # `_source`, `_await`: a listing that is out of date

@@ -12,8 +12,8 @@ from test_summary import evaluation, make_summary, state
 
 from astracli.errors import UserError
 from astracli.process.worker import Status
-from astracli.report.live import LiveView, PlainView, RunProgress, draw, duration
-from astracli.report.summary_table import size
+from astracli.report.live import LiveView, PlainView, RunProgress, draw
+from astracli.report.words import duration, size
 from astracli.runs.metrics import Tail, mean, median, mend, open_sinks, read, series
 
 

@@ -13,7 +13,8 @@ from training_tools import recipe, sample_groups
 from astracli.config.algorithms import AlgorithmTable
 from astracli.config.recipe_rollout import RolloutTable
 from astracli.rl import losses
-from astracli.rl.batch import Row, build_batch, overlong_penalties, rows_of
+from astracli.rl.batch import build_batch
+from astracli.rl.rows import Row, overlong_penalties, rows_of
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import objective
 

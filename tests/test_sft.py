@@ -23,7 +23,8 @@ from astracli.errors import UserError
 from astracli.launch import example_inputs
 from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
-from astracli.rl.batch import Row, pad_rows
+from astracli.rl.batch import pad_rows
+from astracli.rl.rows import Row
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import packing, random_weights
 from astracli.training.batches import group_of

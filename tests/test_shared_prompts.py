@@ -24,7 +24,8 @@ from astracli.kernels.cpu import delta_state
 from astracli.kernels.shared_rows import SharedRow
 from astracli.models import registry
 from astracli.models.adapter import ModelAdapter
-from astracli.rl.batch import Row, build_batch, pad_rows, rows_of
+from astracli.rl.batch import build_batch, pad_rows
+from astracli.rl.rows import Row, rows_of
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import fsdp, packing, parity, shared_prompts
 from astracli.training.logprob import PolicyModel

@@ -16,7 +16,8 @@ from astracli.config.recipe import Recipe
 from astracli.hub.types import Counts, EvaluationStatus, HubState
 from astracli.launch import summary
 from astracli.report.live import eval_line
-from astracli.report.summary_table import benchmark_table, dropped_words, print_summary, result_lines, summary_rows
+from astracli.report.results import result_lines
+from astracli.report.summary_table import benchmark_table, dropped_words, print_summary, summary_rows
 
 
 def figures(avg: float, passed: float) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def share_right(*, samples: int, temperature: float) -> float:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    items = arithmetic.held_out()
-    assert len(items) == 256
+    items = arithmetic.held_out()[::2]
+    assert len(items) == 128
     right = 0
     for length in sorted({len(p.question) for p in items}):
         same = [p for p in items if len(p.question) == length]

@@ -12,8 +12,10 @@ import torch
 from training_tools import divided, make_trainer, recipe, sample_groups, save_model
 
 from astracli.kernels.cpu import linear
-from astracli.training import parity
-from astracli.training.step import Trainer, Work
+from astracli.rl.batch import MicroBatch
+from astracli.training import parity, scoring
+from astracli.training.scoring import Work
+from astracli.training.step import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +23,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def scorings(trainer: Trainer) -> list[int]:
+def scorings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each scoring pass, as they are made, how many minibatches it scores."""
     made: list[int] = []
-    score = trainer._score
+    score = scoring.score_policy
 
-    def counted(work: Work, chosen: Any) -> None:
-        made.append(sum(any(micro in chosen[0] for micro in minibatch) for minibatch in work.batch.minibatches))
-        score(work, chosen)
+    def counted(trainer: Trainer, work: Work, micros: list[MicroBatch], kept: set[int]) -> None:
+        made.append(sum(any(micro in micros for micro in minibatch) for minibatch in work.batch.minibatches))
+        score(trainer, work, micros, kept)
 
-    trainer._score = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(scoring, "score_policy", counted)
     return made
 
 
@@ -38,12 +40,14 @@ def scorings(trainer: Trainer) -> list[int]:
     ("name", "deterministic", "expected"),
     [("grpo", False, [2, 1, 1]), ("grpo", True, [2, 2, 2]), ("m2po", False, [2, 2, 2])],
 )
-def test_which_minibatches_are_scored(model_dir: Path, name: str, deterministic: bool, expected: list[int]) -> None:
+def test_which_minibatches_are_scored(
+    model_dir: Path, name: str, deterministic: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first one trains from the weights that would score it. Left out in the second step and not in the first of a
     resumed process, it would make a difference. M2PO's limits come from all log-ratios of the batch."""
     chosen = recipe(algorithm={"name": name}, launch={"deterministic": deterministic})
     trainer = make_trainer(model_dir, chosen)
-    made = scorings(trainer)
+    made = scorings(monkeypatch)
     for step in range(3):
         trainer.train(sample_groups(trainer, 2, seed=step, version=step), step, step)
     assert made == expected
@@ -84,13 +88,15 @@ def test_what_is_done_once_changes_nothing(
 
 
 @pytest.mark.parametrize(("tau", "bounded"), [(0.01, False), (0.002, True)])
-def test_a_batch_is_bounded_by_its_own_log_ratios(model_dir: Path, tau: float, bounded: bool) -> None:
+def test_a_batch_is_bounded_by_its_own_log_ratios(
+    model_dir: Path, tau: float, bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """First tokens lie 0.1 and more from the policy, on the side of their advantage, the others 0.001. The version is
     the trainer's own: a step that is not scored would take all of them for 0."""
     relaxed = {"minibatches": 1, "learning_rate": 1e-9, "parity_tolerance": 1.0}
     trainer = make_trainer(model_dir, recipe(train=relaxed, algorithm={"m2po": {"m2_threshold": tau}}))
     trainer.train(sample_groups(trainer, 2, seed=0), 0, 0)
-    made = scorings(trainer)
+    made = scorings(monkeypatch)
     groups, moments = sample_groups(trainer, 4, seed=1, version=1), []
     for group in groups:
         for sample in group.samples:

@@ -20,7 +20,7 @@ from astracli.process import forking
 from astracli.process.children import ChildSpec
 from astracli.process.forking import Forked, ForkServer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 PRELOAD = (
     *forks.COMMON, *(name for names in forks.PRELOAD.values() for name in names), "torch.distributed.fsdp", "triton",
     "astracli.engines.embedded.engine", "astracli.engines.embedded.http", "astracli.process.server", "warm_child",
@@ -35,7 +35,7 @@ def server() -> ForkServer | None:
     if sys.platform != "linux":
         return None
     if not _servers or _servers[0].problem is not None:
-        _servers[:] = [ForkServer(PRELOAD, {**os.environ, "PYTHONPATH": str(HERE)})]
+        _servers[:] = [ForkServer(PRELOAD, {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"})]
         while not _servers[0].ready(wait_s=10.0):
             assert _servers[0].problem is None, _servers[0].problem
     return _servers[0]

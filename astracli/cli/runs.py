@@ -132,7 +132,7 @@ def report(run: OptionalRunArg = None, json: JsonOpt = False) -> None:
     summary, results = run_files.summary(found), run_files.results(found)
     if results is not None and not json:
         from astracli.cli.output import room
-        from astracli.report.summary_table import result_lines
+        from astracli.report.results import result_lines
 
         out().text("\n".join(result_lines(results, room() if sys.stdout.isatty() else None)))
         return

@@ -176,7 +176,7 @@ def clean(
         named = [{"run": path, "bytes": count} for path, count in rows]
         out(json).document({"runs": named, "bytes": total, "removed": not dry_run})
         return
-    from astracli.report.summary_table import size
+    from astracli.report.words import size
 
     for path, count in rows:
         out().text(f"{path}  {size(count)}")

@@ -23,16 +23,4 @@ def sft(
     For recipes with a table [sft]. Runs, checkpoints, evaluations and exports are those of `astra train`, and so is
     --resume. `astra train RECIPE --from RUN` goes on with reinforcement learning. --json and --facts need --dry-run.
     """
-    start(
-        "sft",
-        recipe_name,
-        recipe,
-        set_,
-        dry_run,
-        [facts] if facts else None,
-        run_dir,
-        resume,
-        from_,
-        keep_optimizer,
-        json,
-    )
+    start("sft", **locals())

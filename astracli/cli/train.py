@@ -51,16 +51,17 @@ def train(
     --from starts a new run from the weights of another run, with the same recipe or another one. --json and --facts
     need --dry-run.
     """
-    start("train", recipe_name, recipe, set_, dry_run, facts, run_dir, resume, from_, keep_optimizer, json)
+    start("train", **locals())
 
 
 def start(
     command: Literal["train", "sft"],
+    *,
     recipe_name: str | None,
     recipe: str | None,
     set_: list[str] | None,
     dry_run: bool,
-    facts: list[str] | None,
+    facts: str | list[str] | None,
     run_dir: Path | None,
     resume: Path | None,
     from_: str | None,
@@ -68,7 +69,7 @@ def start(
     json: bool,
 ) -> None:
     """What `astra train` and `astra sft` do: plan, or run."""
-    documents: list[str | None] = [*facts] if facts else [None]
+    documents: list[str | None] = [facts] if isinstance(facts, str) else [*facts] if facts else [None]
     first, *others = documents
     refuse_facts(first, dry_run, command)
     if json and not dry_run:

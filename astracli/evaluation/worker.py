@@ -19,7 +19,7 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial as partial_of
@@ -41,19 +41,16 @@ from astracli.errors import RunFailed
 from astracli.evaluation import files as eval_files
 from astracli.evaluation.benchmark import BenchmarkWork, EvalSampling, Result
 from astracli.evaluation.episodes import EpisodeWork
+from astracli.evaluation.run_engines import WAIT_S, RunEngines
 from astracli.evaluation.spread import evaluate
 from astracli.hub.client import AsyncHubClient, HubClient
-from astracli.hub.types import Evaluation, Holders, NextEvaluation, SlotLimit
+from astracli.hub.types import Evaluation, NextEvaluation
 from astracli.models.adapter import load_tokenizer
 from astracli.models.chat import ChatFormat
 from astracli.process.atomic import write_atomic
 from astracli.process.config import EvalConfig
 from astracli.process.worker import TERM_EXIT, Reporter, worker_main
 from astracli.rewards.reward import GradePool, Rewards, open_pools
-
-WAIT_S = 5.0
-"""How long one question to the hub waits for another answer."""
-STOP_PAUSE_S = 1.0
 
 
 @dataclass
@@ -153,32 +150,6 @@ class Evaluator:
 
     def _tell(self, work: BenchmarkWork) -> None:
         self.reporter.progress(benchmark=work.benchmark.name, done=work.done, total=work.total)
-
-
-@dataclass(frozen=True)
-class RunEngines:
-    """The engines of a run, as the hub knows them (`spread.Members`)."""
-
-    hub: AsyncHubClient
-    step: int
-    version: int
-
-    async def holders(self, known: Collection[str] | None) -> Collection[str]:
-        while True:
-            have = None if known is None else list(known)
-            reply: Holders = await self.hub.eval_engines(self.version, have, wait_s=0.0 if known is None else WAIT_S)
-            if reply.engines != have:
-                return reply.engines
-            if reply.stop:  # answered at once, for as long as this process has not ended
-                await asyncio.sleep(STOP_PAUSE_S)
-
-    async def slots(self, engine: str, wants: int, holds: int) -> int:
-        reply: SlotLimit = await self.hub.slots(engine, "eval", wants, holds)
-        return reply.limit
-
-    async def release(self, engine: str) -> None:
-        await self.slots(engine, 0, 0)
-        await self.hub.eval_release(self.step, self.version, engine)
 
 
 def run(config: EvalConfig, reporter: Reporter) -> None:

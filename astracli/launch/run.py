@@ -172,7 +172,7 @@ def evaluate(recipe: Recipe, *, as_json: bool = False, **options: Any) -> int:
         if as_json:
             print(json.dumps(document, indent=2))
         else:
-            from astracli.report.summary_table import result_lines
+            from astracli.report.results import result_lines
 
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
             print(plain("\n".join(result_lines(document, width))))

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,6 +20,7 @@ from rich.text import Text
 from astracli.hub.types import EvaluationStatus, HubState
 from astracli.process.console import plain, say
 from astracli.process.worker import Status
+from astracli.report.words import duration, evaluated, judged
 from astracli.runs.metrics import Record, without_absent
 from astracli.runs.names import REWARD, words
 
@@ -202,11 +203,6 @@ def phase_words(progress: RunProgress) -> str:
     return said.get(progress.phase, progress.phase)
 
 
-def judged(benchmark: str, figures: Mapping[str, Any]) -> str:
-    """A benchmark with what graded it: `my_set (pkg.module:reward)`."""
-    return f"{benchmark} ({figures['grader']})" if figures.get("grader") else benchmark
-
-
 def eval_line(evaluation: EvaluationStatus) -> str:
     """`eval step 25: arithmetic-heldout (number) avg@8 0.520 ± 0.021 pass@4 0.710`, see `evaluated`"""
     cells = [
@@ -217,11 +213,6 @@ def eval_line(evaluation: EvaluationStatus) -> str:
         if not (name == "overall" and len(evaluation.results) == 2)
     ]
     return f"eval {evaluated(evaluation.step, evaluation.due_step)}: " + ", ".join(cells)
-
-
-def evaluated(step: int | None, due_step: int) -> str:
-    """`step 13 (due at 10)`, or `step 10` of one that did not have to wait for an earlier one."""
-    return f"step {step}" + (f" (due at {due_step})" if due_step != step else "")
 
 
 class LiveView:
@@ -301,13 +292,3 @@ def phase_bars(figures: Mapping[str, float]) -> RenderableType:
         bar = ProgressBar(total=step_s, completed=min(seconds, step_s), width=30)
         table.add_row(Text(name, style="dim"), bar, f"{seconds:.2f} s", f"{seconds / step_s:.0%}")
     return table
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 07 min`"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -9,7 +9,7 @@ from typing import Any
 
 from astracli.plan.types import TRAINING
 from astracli.report import run_files
-from astracli.report.live import duration, judged
+from astracli.report.words import duration, judged
 from astracli.runs import changes, metrics, names
 from astracli.runs.names import REWARD
 from astracli.runs.run_dir import RunDir

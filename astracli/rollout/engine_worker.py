@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from astracli.engines.contract import UNPROVEN, PauseMode, UpdateReply, WeightReceiver, flushes
@@ -37,6 +37,7 @@ from astracli.hub.client import AsyncHubClient
 from astracli.hub.types import GpuLeaseReply, Target
 from astracli.rollout.request_gate import EngineLost, RequestGate
 from astracli.rollout.slot_use import IdleWhile
+from astracli.rollout.update_record import UpdateRecord
 from astracli.rollout.weight_sync import Event, State
 
 TARGET_WAIT_S = 2.0
@@ -176,7 +177,7 @@ class EngineWorker(RequestGate):
 
     async def _update(self, target: int) -> None:
         have = self._base if self._base != target else None
-        update = _Update(target)
+        update = UpdateRecord(target)
         try:
             await self._transfer(update, have)
         except EngineLost:
@@ -196,7 +197,7 @@ class EngineWorker(RequestGate):
         since = {"held_idle_s": self._pinned_idle.take(self._pinned, self.use.seconds().idle)} | self.usage()
         await self.hub.metrics([{"process": self.process, "engine": self.name} | update.record() | since])
 
-    async def _await_readback(self, update: _Update) -> None:
+    async def _await_readback(self, update: UpdateRecord) -> None:
         """Wait for the read-back; weights that are not the trainer's are replaced by a full payload."""
         try:
             found = await asyncio.to_thread(self.fetcher.readback, update.target)
@@ -213,7 +214,7 @@ class EngineWorker(RequestGate):
             await self.hub.engine_state(self.name, update.target, "ready")
         self.sync.tell(Event.PROVEN)
 
-    async def _replace(self, update: _Update, cause: RunFailed) -> None:
+    async def _replace(self, update: UpdateRecord, cause: RunFailed) -> None:
         """A full payload for weights that a read-back found wrong. It is read back before it serves: the second time
         nobody trusts it."""
         update.gap_begins()
@@ -229,7 +230,7 @@ class EngineWorker(RequestGate):
             await self._let_in()
         update.gap_ends()
 
-    async def _resync(self, update: _Update, cause: RunFailed) -> None:
+    async def _resync(self, update: UpdateRecord, cause: RunFailed) -> None:
         """The weights did not become the target's: give the engine a full payload, once."""
         update.resyncs += 1
         print(f"warning: {self.name}: {cause.message}; sending a full payload", file=sys.stderr, flush=True)
@@ -244,7 +245,7 @@ class EngineWorker(RequestGate):
                 "the engine's log and weights/ in the run directory say more",
             ) from error
 
-    async def _transfer(self, update: _Update, have: int | None) -> None:
+    async def _transfer(self, update: UpdateRecord, have: int | None) -> None:
         """Fetch, drain, apply. Raises EngineLost, or RunFailed when the payload or its application is at fault."""
         self._tell(Event.WANTED)
         begun = time.monotonic()
@@ -272,35 +273,3 @@ class EngineWorker(RequestGate):
             raise RunFailed(f"version {update.target} was not applied: {reply.message}")
         self._base, self._disproved = update.target, None
         update.applied(reply)
-
-
-@dataclass
-class _Update:
-    """What an update came to: its line in the metrics."""
-
-    target: int
-    resyncs: int = 0
-    readback: bool = False
-    """Whether the version that was applied last has to be read back."""
-    figures: dict[str, Any] = field(default_factory=dict)
-    gap_s: float = 0.0
-    _shut_at: float | None = None
-
-    def applied(self, reply: UpdateReply) -> None:
-        self.readback = bool(reply.outcome.get("readback"))
-        self.figures |= reply.seconds
-        if "changed" in reply.outcome:
-            self.figures["changed"] = reply.outcome["changed"]
-
-    def gap_begins(self) -> None:
-        """No request goes out from here on; the first time counts."""
-        if self._shut_at is None:
-            self._shut_at = time.monotonic()
-
-    def gap_ends(self) -> None:
-        if self._shut_at is not None:
-            self.gap_s += time.monotonic() - self._shut_at
-            self._shut_at = None
-
-    def record(self) -> dict[str, Any]:
-        return {"step": self.target, "resyncs": self.resyncs, "gap_s": self.gap_s, **self.figures}

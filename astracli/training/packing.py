@@ -15,7 +15,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from astracli.rl.batch import MicroBatch, Row
+from astracli.rl.batch import MicroBatch
+from astracli.rl.rows import Row
 
 
 def micro_batches(rows: Sequence[Row], tokens_per_microbatch: int, pad_token: int) -> list[MicroBatch]:

@@ -25,7 +25,8 @@ from astracli.errors import RunFailed
 from astracli.kernels import varlen
 from astracli.kernels.upload import upload
 from astracli.models.adapter import ModelAdapter
-from astracli.rl.batch import Join, MicroBatch, Row, pad_rows
+from astracli.rl.batch import Join, MicroBatch, pad_rows
+from astracli.rl.rows import Row
 from astracli.training import packing, shared_prompts
 from astracli.training.agreement import TIMES_NOISE
 from astracli.training.logprob import PolicyModel

@@ -15,7 +15,8 @@ from itertools import chain
 
 import numpy as np
 
-from astracli.rl.batch import Division, MicroBatch, Row
+from astracli.rl.batch import Division, MicroBatch
+from astracli.rl.rows import Row
 from astracli.training import packing
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from astracli.rl.batch import MicroBatch, Row
+from astracli.rl.batch import MicroBatch
+from astracli.rl.rows import Row
 from astracli.rl.types import Group
 from astracli.training import packing
 from astracli.training.adam import learning_rate
@@ -49,7 +50,7 @@ def train_on_examples(trainer: Trainer, groups: Sequence[Group], step: int, targ
     assert not trainer.masters.away
     timer, sums = Timer(trainer.ranks.device), Sums()
     rows = [Row(index, group, group.samples[0], 0.0) for index, group in enumerate(groups)]
-    batch = trainer.arrange(groups, rows, step)
+    batch = trainer.divide(groups, step, rows)
     timer.lap("batch_s")
     metrics, _ = trainer.check_rows(batch, step)
     timer.lap("check_s")

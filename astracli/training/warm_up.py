@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from astracli.rl.batch import MicroBatch, Row, pad_rows
+from astracli.rl.batch import MicroBatch, pad_rows
+from astracli.rl.rows import Row
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import packing, shared_prompts
 from astracli.training.fsdp import free_gathered

@@ -31,7 +31,8 @@ from torch import Tensor
 from astracli.rl import losses
 from astracli.rl.losses import ClipLimits, TokenLoss, Tokens, m2po
 from astracli.rl.losses.clipping import ClipRange
-from astracli.training.step import Trainer, Work
+from astracli.training.scoring import Work
+from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from learning.staleness import Run
@@ -78,7 +79,7 @@ def floor(log_ratio_N: Tensor, advantage_N: Tensor, settings: m2po.Settings) -> 
 
 def limits_per_minibatch(trainer: Trainer) -> None:
     """Each minibatch is scored by the policy that is about to be updated."""
-    update: Callable[..., float] = trainer._minibatch
+    update: Callable[..., float] = trainer.minibatch
 
     def minibatch(work: Work, index: int, step: int) -> float:
         with torch.no_grad():
@@ -90,7 +91,7 @@ def limits_per_minibatch(trainer: Trainer) -> None:
         work.limits = m2po.prepare(torch.cat(ratios), torch.from_numpy(advantages), trainer.recipe.algorithm.own)
         return update(work, index, step)
 
-    trainer._minibatch = minibatch  # type: ignore[assignment]
+    trainer.minibatch = minibatch  # type: ignore[assignment]
 
 
 class LimitsRun(Run):

@@ -36,7 +36,8 @@ from astracli.rl import losses
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import logprob, setup, split_masters
 from astracli.training.fsdp import Ranks
-from astracli.training.step import Trainer, Work
+from astracli.training.scoring import Work
+from astracli.training.step import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import options, show
@@ -231,7 +232,7 @@ def micro_batches(
             timer = SimpleNamespace(lap=lambda phase: lap(phase) if phase != "optimizer_s" else None)
             work = Work(batch, 1, timer)  # type: ignore[arg-type]
             work.limits, work.first_measured = limits, measure
-            trainer._minibatch(work, 0, 0)
+            trainer.minibatch(work, 0, 0)
     return count, phases
 
 

@@ -23,7 +23,8 @@ import torch
 
 from astracli.kernels import varlen
 from astracli.models import registry
-from astracli.rl.batch import Row, pad_rows
+from astracli.rl.batch import pad_rows
+from astracli.rl.rows import Row
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training import packing, parity
 from astracli.training.parity import Pass

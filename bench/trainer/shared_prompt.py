@@ -37,7 +37,8 @@ from shared import GIB, options, say, show
 from astracli.models import registry
 from astracli.rl.types import Group, Sample, Segment
 from astracli.training.fsdp import Ranks
-from astracli.training.step import Trainer, Work
+from astracli.training.scoring import Work
+from astracli.training.step import Trainer
 from astracli.training.sums import Timer
 from trainer.case import Variant, build, join, recipe, settle, shape_config
 
@@ -104,7 +105,7 @@ def gradient(trainer: Trainer, groups: list[Group], step: int) -> dict[str, torc
 
     update, trainer.masters.update = trainer.masters.update, keep  # type: ignore[method-assign]
     try:
-        trainer._minibatch(work, 0, step)
+        trainer.minibatch(work, 0, step)
     finally:
         trainer.masters.update = update  # type: ignore[method-assign]
     return found

@@ -15,7 +15,7 @@ from typing import Any
 from astracli.evaluation.passk import interval
 from astracli.process.atomic import write_atomic
 from astracli.report import run_files
-from astracli.report.live import judged
+from astracli.report.words import judged
 from astracli.runs import documents, metrics
 from astracli.runs.metrics import Record
 from astracli.runs.names import REWARD
@@ -188,8 +188,7 @@ def weight_updates(records: Sequence[Record]) -> dict[str, Any]:
 
 def tiles(run: RunDir, records: Sequence[Record], summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The figures at the head of the page: {label, value, note}."""
-    from astracli.report.live import duration
-    from astracli.report.summary_table import size
+    from astracli.report.words import duration, size
 
     trends = run_files.trends(run)
     found = [

@@ -72,15 +72,19 @@ class Capped(Clipped):
 
 
 @dataclass(frozen=True)
-class Weighted:
-    """A clip range and a cap on the weight, as limits."""
+class Ranged:
+    """Limits of which one is a clip range."""
 
     range: ClipRange
-    weight_cap: float
 
     @property
     def cap(self) -> float:
         return self.range.cap
+
+
+@dataclass(frozen=True)
+class Weighted(Ranged):
+    weight_cap: float
 
 
 def weighted_range(log_ratio_N: Tensor, advantage_N: Tensor, settings: Capped) -> Weighted:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from astracli.rl.losses import Algorithm, TokenLoss, Tokens, group_advantage
-from astracli.rl.losses.clipping import Clipped, ClipRange, fixed_range, token_clipped
+from astracli.rl.losses.clipping import Clipped, Ranged, fixed_range, token_clipped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,15 +41,9 @@ def advantage(rewards_S: np.ndarray, lengths_S: np.ndarray, settings: Settings) 
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A clip range, and the weight of the teacher."""
-
-    range: ClipRange
+class Taught(Ranged):
     coef: float
-
-    @property
-    def cap(self) -> float:
-        return self.range.cap
+    """Weight of the teacher."""
 
 
 def prepare(log_ratio_N: Tensor, advantage_N: Tensor, settings: Settings) -> Taught:

@@ -22,7 +22,7 @@ class Plain(Engine):
     hints = (FailureHint(re.compile("not enough memory"), "out of memory", "lower rollout.plain.batch"),)
 
     def start(self, recipe: Recipe) -> Start:
-        return Start("astra_plain.server")
+        return Start("astra_plain.server", preload=("astra_plain.server",))
 
     def choose(self, case: Case) -> Serving:
         if case.device != "cpu":

@@ -128,6 +128,31 @@ def test_the_first_prompt_is_shown_as_the_model_gets_it(
     assert long.startswith("a" * 800 + "\n[... 401 characters left out ...]\n") and long.endswith("b")
 
 
+def test_the_first_example_is_shown_with_what_is_trained_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the tiny model has a token a character. The first of two rows does not fit and is not the one shown."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": "1+2", "completion": "3" * 100}, {"problem": "4+5", "completion": "9"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["data.source=rows.jsonl", "data.question_field=problem", "data.template={question}", "eval.every=0"]
+    sets = [word for each in own for word in ("--set", each)]
+    assert astra(["sft", "tiny-sft", *sets, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    first = told["first_example"]
+    assert "first_prompt" not in told
+    asked, answer = first["pieces"]
+    assert "4+5" in asked["text"] and not asked["trained"]
+    assert answer["text"].startswith("9") and answer["trained"] and answer["tokens"] == 2, "with the token that ends it"
+    assert (first["trained"], first["tokens"], first["unknown"]) == (2, asked["tokens"] + 2, 0)
+    for command in (["sft", "tiny-sft", *sets, "--dry-run"], ["doctor", "tiny-sft", *sets]):
+        astra(command)
+        said = capsys.readouterr().out
+        shown = said.split("first training example, as the model gets it (")[1]
+        assert shown.startswith(f"{first['tokens']} tokens; 2 are trained)")
+        assert f"[trained, 2 tokens]\n  {answer['text']}" in shown
+
+
 def test_the_first_prompt_of_an_environment_has_its_tools(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from test_hub_api import TOKEN, Server
 from test_plan import TINY, load, planned
 from test_sft import asking
 from trainer_job import FakeReporter
+from transformers import AutoModelForCausalLM
 
 from astracli.cli.main import run as astra
 from astracli.data import arithmetic, fetch
@@ -31,6 +32,7 @@ from astracli.rollout.groups import SampleWriter
 from astracli.runs import metrics
 from astracli.runs.run_dir import RunDir
 from astracli.training import checkpoint
+from astracli.training.export_run import export_checkpoint
 from astracli.training.fsdp import Ranks
 from astracli.training.loop import TrainLoop
 
@@ -140,6 +142,43 @@ def test_a_kill_at_any_point_changes_nothing(
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert job.store.state().counts.consumed_steps == STEPS
+
+
+def test_adapters_are_trained_on_examples_through_a_kill_and_peft_merges_what_the_run_exports(tmp_path: Path) -> None:
+    """The base stays, the adapters learn; a run that goes on from step 2 ends with the same bits as one without a
+    break."""
+    lora = {"lora": {"rank": 4, "alpha": 8}}
+    whole, broken = (Job(tmp_path / name, engines=False, **lora) for name in ("whole", "broken"))
+    expected = finished(whole.loop())
+    loop = broken.loop()
+    while loop.step < 3:
+        assert loop.advance()
+    loop.saver.wait()
+    again = broken.resume()
+    assert again.step == 2
+    found = finished(again)
+    for job in (whole, broken):
+        job.server.thread.stop()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+    out = tmp_path / "adapter"
+    taken = export_checkpoint(broken.run_dir / "checkpoints", broken.recipe, broken.model, out, adapter_only=True)
+    assert taken == STEPS
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base, exported = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        for place in (broken.model, broken.run_dir / "export")
+    )
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
+    changed = {name for name in before if not torch.equal(merged[name], before[name])}
+    assert changed and all(name.endswith("_proj.weight") or ".in_proj_" in name for name in changed)
+    for name, tensor in exported.state_dict().items():
+        if name in changed:  # an export is rounded to bf16
+            assert torch.allclose(tensor, merged[name], rtol=2**-8, atol=1e-6), name
+            assert not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
 
 
 def test_engines_get_the_versions_that_are_evaluated_and_a_stop_ends_the_loop(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def doctor(
         start = [*start, *clusters.findings(loaded)]
     report = checks.run(loaded, machine, probe=wanted and not facts, start=start, fleet=fleet)
     if json and prompt is not None:
-        report["first_prompt"] = prompt.document()
+        report[prompt.KEY] = prompt.document()
     show(report, out(json))
     if not json and prompt is not None:
         out(json).text("")

@@ -36,6 +36,7 @@ def print_plan(
     """
     from astracli.launch import inputs, queued
     from astracli.launch import run as launch
+    from astracli.launch.first_prompt import FirstPrompt
     from astracli.machine import documents
     from astracli.plan.types import TRAINING
     from astracli.plan.view import render, to_json
@@ -51,7 +52,7 @@ def print_plan(
     if output.as_json:
         machine = {"machine": facts, "source": described.source} if described else {}
         start = [{"check": c.name, "message": c.value, "hint": c.fix} for c in refused]
-        first = {"first_prompt": here.prompt.document() if here.prompt else None}
+        first = {here.prompt.KEY: here.prompt.document()} if here.prompt else {FirstPrompt.KEY: None}
         output.document(to_json(found) | machine | {"start": start, "job": job} | first)
         raise typer.Exit(2 if refused else 0)
     if described is not None:

@@ -1,11 +1,11 @@
-"""The first training prompt as the model gets it, for `--dry-run` and `astra doctor RECIPE`."""
+"""The first training prompt, or example, as the model gets it, for `--dry-run` and `astra doctor RECIPE`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from astracli.config import recipe_data
 from astracli.data.prompts import PromptSource
@@ -16,14 +16,17 @@ from astracli.models.chat import ChatFormat
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
+    from astracli.data.examples import Example
     from astracli.data.prompts import Problem
 
 SHOWN = 1600
-"""Characters of a prompt that are shown; what is longer loses its middle."""
+"""Characters of a prompt, or of a piece of an example, that are shown; what is longer loses its middle."""
 
 
 @dataclass(frozen=True)
 class FirstPrompt:
+    KEY: ClassVar[str] = "first_prompt"
+    """Its name in a JSON document."""
     source: str
     """Name in `[[data.mix]]`; "" of a single source."""
     text: str
@@ -42,11 +45,66 @@ class FirstPrompt:
 
     def shown(self) -> str:
         """The text, without its middle where it is long."""
-        left = len(self.text) - SHOWN
-        if left <= 0:
-            return self.text
-        half = SHOWN // 2
-        return f"{self.text[:half]}\n[... {left:,} characters left out ...]\n{self.text[-half:]}"
+        return _shortened(self.text)
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    """Special tokens by their names."""
+    tokens: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class FirstExample:
+    KEY: ClassVar[str] = "first_example"
+    source: str
+    """Name in `[[data.mix]]`; "" of a single source."""
+    pieces: list[Piece]
+    """The whole example in order."""
+    unknown: int
+    """Tokens that stand for text which the vocabulary does not have."""
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "tokens": sum(piece.tokens for piece in self.pieces),
+            "trained": sum(piece.tokens for piece in self.pieces if piece.trained),
+            "unknown": self.unknown,
+            "pieces": [vars(piece).copy() for piece in self.pieces],
+        }
+
+    def title(self) -> str:
+        source, told = f" of `{self.source}`" if self.source else "", self.document()
+        unknown = f", {self.unknown:,} of them not in its vocabulary" if self.unknown else ""
+        return (
+            f"first training example{source}, as the model gets it ({told['tokens']:,} tokens{unknown}; "
+            f"{told['trained']:,} are trained)"
+        )
+
+    def shown(self) -> str:
+        """Each piece under a line that says whether it is trained."""
+        return "\n".join(
+            f"[{'trained' if piece.trained else 'not trained'}, {piece.tokens:,} tokens]\n{_shortened(piece.text)}"
+            for piece in self.pieces
+        )
+
+
+def _shortened(text: str) -> str:
+    left = len(text) - SHOWN
+    if left <= 0:
+        return text
+    half = SHOWN // 2
+    return f"{text[:half]}\n[... {left:,} characters left out ...]\n{text[-half:]}"
+
+
+def of_example(example: Example, source: str, tokenizer: Any) -> FirstExample:
+    """An example of the source of that name, for people to read."""
+    parts = [(ids, trained) for ids, trained in [(example.prompt, False), *example.parts] if ids]
+    pieces = [Piece(str(tokenizer.decode(ids)), len(ids), trained) for ids, trained in parts]
+    odd = tokenizer.unk_token_id
+    return FirstExample(source, pieces, 0 if odd is None else sum(ids.count(odd) for ids, _ in parts))
 
 
 def find(recipe: Recipe, folder: Path, first: Mapping[str, Problem], drawn: Sequence[int] | None) -> FirstPrompt:

@@ -36,7 +36,7 @@ from astracli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from astracli.data.prompts import Problem
-    from astracli.launch.first_prompt import FirstPrompt
+    from astracli.launch.first_prompt import FirstExample, FirstPrompt
 
 
 HOSTS = "hosts"
@@ -63,10 +63,10 @@ class Ledger:
 
     def __init__(self, *, keep: bool, resumed: RunDir | None = None, shows: bool = False):
         """`keep`: keep a refusal and go on; otherwise it is raised. `resumed`: the run that goes on. `shows`: the first
-        prompt is wanted."""
+        prompt, or example, is wanted."""
         self.keep, self._resumed, self.shows = keep, resumed, shows
         self.refused: list[tuple[str, UserError]] = []
-        self.prompt: FirstPrompt | None = None
+        self.prompt: FirstPrompt | FirstExample | None = None
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[None]:
@@ -102,13 +102,13 @@ def fetched(recipe: Recipe, *, data: bool, benchmarks: Sequence[str], resumed: R
 @dataclass(frozen=True)
 class Findings:
     refused: list[Check]
-    prompt: FirstPrompt | None
+    prompt: FirstPrompt | FirstExample | None
     """None: the command draws none, or what it is made of is not on this machine."""
 
 
 def findings(recipe: Recipe, command: Command, resumed: RunDir | None = None, *, prompt: bool = True) -> Findings:
-    """What a start, or going on with a run, would refuse, in its words, and with `prompt` the first prompt (which
-    imports the tokenizer's library); without a download."""
+    """What a start, or going on with a run, would refuse, in its words, and with `prompt` the first prompt or example
+    (which imports the tokenizer's library); without a download."""
     ledger = Ledger(keep=True, resumed=resumed, shows=prompt)
     data, benchmarks = needs(recipe, command)
     with ledger.check(HOSTS):
@@ -151,7 +151,8 @@ def prepare(
         model = found
     with ledger.check("examples"):
         if data and recipe.sft is not None and known and model is not None:
-            example_inputs.check(recipe, model, paths)
+            example = example_inputs.check(recipe, model, paths)
+            ledger.prompt = example if ledger.shows else None
     teacher: Path | None = None
     with ledger.check("teacher"):
         if draws and model is not None:

@@ -13,8 +13,9 @@ from typing import Any
 from astracli.engines import checkpoint, watched
 from astracli.engines.contract import flushes
 from astracli.engines.vllm import failure_hints
-from astracli.engines.vllm.names import EXECUTOR, STORE, WORKER
+from astracli.engines.vllm.names import EXECUTOR, STORE, WORKER, old_transformers
 from astracli.engines.vllm.settings import own
+from astracli.errors import RunFailed
 from astracli.process.atomic import write_atomic
 from astracli.process.config import EngineConfig
 from astracli.process.worker import Reporter, worker_main
@@ -44,6 +45,9 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
     adapter = registry.resolve(config.recipe, config.model_path)
     environment = {**watched.engine_environment(config), **ENV, STORE: watched.rank_store(config)}
     facts = watched.probe(VLLM, config, environment)
+    has = str(facts["versions"]["transformers"])
+    if (why := old_transformers(has)) is not None:
+        raise RunFailed(f"the engine's environment has transformers {has}: {why[0]}", why[1])
     folder = RunDir(config.run_dir).stage / f"{config.name}-model"
     model = checkpoint.prepare(folder, config.model_path, adapter, weights=not config.published)
     path = RunDir(config.run_dir).config / f"{config.name}.vllm.json"

@@ -203,7 +203,7 @@ def test_a_server_that_fails_ends_the_process_with_its_reason(
         launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 2.0})
         config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"launch": launch})})
     code, output = ended(config)
-    assert code == 1
+    assert code == 1, output
     assert f"error: engine0 {words}" in output
     assert hint in output.rpartition("hint: ")[2]
 
@@ -248,14 +248,14 @@ def test_an_environment_without_sglang_is_named(tmp_path: Path, hub: FakeHub) ->
     resources = config.recipe.resources.model_copy(update={"engine": engine})
     config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"resources": resources})})
     code, output = ended(config)
-    assert code == 1
+    assert code == 1, output
     assert f"the engine's environment (`{sys.executable}`) lacks sglang" in output
 
 
 def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     config = engine_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
-    found = arguments(config, Path("/m"), OPTIONS, {"disable_radix_cache": True, "mamba_ssm_dtype": "float32"})
+    found = arguments(config, Path("/m"), OPTIONS, {"mamba_ssm_dtype": "float32"})
     assert {"--model-path=/m", "--load-format=dummy", "--weight-version=-1", "--attention-backend=triton"} <= set(found)
     assert {"--linear-attn-backend=triton", "--max-running-requests=32", "--mem-fraction-static=0.7"} <= set(found)
     assert {"--disable-radix-cache", "--mamba-ssm-dtype=float32", "--max-total-tokens=262144"} <= set(found)
@@ -264,12 +264,11 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     secret = Path(found[found.index("--config") + 1])
     assert json.loads(secret.read_text()) == {"api-key": TOKEN} and secret.stat().st_mode & 0o777 == 0o600
     alone = config.model_copy(update={"published": False, "serving_attention": "auto", "linear_attention": "none"})
-    found = arguments(alone, Path("/m"), OPTIONS, {})
-    assert "--disable-radix-cache" not in found
-    for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
-        weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
-        asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
-        assert ("--disable-radix-cache" not in arguments(asked, Path("/m"), OPTIONS, {})) == cached
+    hybrid = arguments(config.model_copy(update={"prefix_cache": True}), Path("/m"), OPTIONS, {})
+    assert "--disable-radix-cache" not in hybrid and f"--max-mamba-cache-size={3 * 32}" in hybrid
+    assert {"--disable-overlap-schedule", "--mamba-radix-cache-strategy=no_buffer"} <= set(hybrid)
+    found = arguments(alone.model_copy(update={"prefix_cache": True}), Path("/m"), OPTIONS, {})
+    assert "--disable-radix-cache" not in found and not any("mamba" in part for part in found)
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)
 

@@ -50,7 +50,7 @@ def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) 
     told = {
         "recipe": recipe, "model_path": model_dir(tmp_path), "engine": "vllm", "serving_attention": "auto",
         "linear_attention": "none", "port": port, "stage_dir": tmp_path / "stage", "published": True,
-        "staging": "host", "time_sharing": True,
+        "staging": "host", "prefix_cache": True, "time_sharing": True,
     }  # fmt: skip
     return config.model_copy(update=told | changes)
 
@@ -183,12 +183,10 @@ def test_the_end_of_a_server_is_explained(tmp_path: Path, hub: FakeHub, mode: st
 
 def test_arguments(tmp_path: Path, hub: FakeHub) -> None:
     config = engine_config(tmp_path, hub)
-    found = engine_arguments(config, Path("/m"), hybrid=False)
+    found = engine_arguments(config, Path("/m"))
     assert (found["load_format"], found["skip_tokenizer_init"], found["enable_sleep_mode"]) == ("dummy", True, True)
     assert "attention_backend" not in found and TOKEN not in json.dumps(found)
-    assert not engine_arguments(config, Path("/m"), hybrid=True)["enable_prefix_caching"]
-    for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
-        weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
-        asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
-        assert engine_arguments(asked, Path("/m"), hybrid=False)["enable_prefix_caching"] == cached
+    assert found["enable_prefix_caching"]
+    without = config.model_copy(update={"prefix_cache": False})
+    assert not engine_arguments(without, Path("/m"))["enable_prefix_caching"]
     assert (logprobs_mode(1.0), logprobs_mode(0.6)) == ("raw_logprobs", "processed_logprobs")

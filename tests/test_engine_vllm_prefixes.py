@@ -1,5 +1,5 @@
-"""The prefix cache of a vLLM engine over updates: the engine in this process, a stand-in for vLLM (tests/fake_vllm) that
-marks a token which attends to keys and values of other weights (log-probability -9)."""
+"""The prefix cache of a vLLM engine over updates: the engine in this process, a stand-in for vLLM (tests/fake_vllm)
+that marks a token which attends to keys and values of other weights (log-probability -9)."""
 
 from __future__ import annotations
 

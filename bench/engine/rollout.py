@@ -100,7 +100,7 @@ def hub(folder: Path, metrics: Path | None = None, **more: Any) -> Iterator[tupl
 def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
     """An engine process of this recipe with the checkpoint's own weights; yields its URL."""
     facts, adapter = gather.with_engine(read.probe(), recipe), registry.resolve(recipe, model)
-    choice = backend.choose(adapter, facts, recipe)
+    choice = backend.choose(adapter, facts, recipe, updated=False)
     (port,) = ports.free_ports(1, "127.0.0.1")
     run = folder / f"engine-{port}"
     (run / "config").mkdir(parents=True)
@@ -111,7 +111,7 @@ def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
             engine=choice.engine, threads=recipe.resources.threads.engine, device=choice.device, port=port,
             stage_dir=run / "stage", published=False, await_weights=False, time_sharing=False, staging="host",
             mem_fraction_static=engines.of(recipe).memory.share(recipe), serving_attention=choice.serving_attention,
-            linear_attention=choice.linear_attention,
+            linear_attention=choice.linear_attention, prefix_cache=choice.prefix_cache,
         )  # fmt: skip
         path = run / "config" / "engine0.json"
         path.write_text(config.model_dump_json())

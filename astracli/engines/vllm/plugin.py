@@ -39,6 +39,8 @@ class Vllm(Engine):
     summary = "vLLM, for GPUs"
     package = "vllm"
     memory = VllmMemory()
+    cache_modes = frozenset({"abort", "retract", "in_place"})
+    """`VllmEngine` salts each request by its weights."""
     hints = failure_hints.KNOWN
 
     def start(self, recipe: Recipe) -> Start:

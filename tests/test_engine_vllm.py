@@ -26,12 +26,13 @@ from test_engine_sglang import is_ready, model_dir, until
 from test_workers_common import TOKEN, FakeHub, hub
 
 from astracli.engines.client import EngineClient
-from astracli.engines.contract import GenRequest
+from astracli.engines.contract import UNPROVEN, GenRequest
 from astracli.engines.vllm.server import engine_arguments, logprobs_mode
 from astracli.errors import RunFailed
 from astracli.process import connections
 from astracli.process.config import EngineConfig
 from astracli.process.ports import free_ports
+from astracli.weights.receive.subscriber import Subscriber
 
 __all__ = ["hub"]
 
@@ -80,6 +81,13 @@ async def conversation(config: EngineConfig, where: Path, root: Path) -> None:
     async with EngineClient(f"http://127.0.0.1:{config.port}", TOKEN) as client:
         before = await client.model_info()
         assert (before["weight_version"], before["serving"]) == ("-1", False)
+        with contextlib.closing(Subscriber("http://127.0.0.1:1", TOKEN, where, root)) as subscriber:
+            subscriber.wake(UNPROVEN)  # as a rollout worker does, so that the loader runs before the first pause
+        await client.pause()
+        assert not (await client.apply_staged(UNPROVEN)).success
+        await client.resume()
+        assert (await client.model_info())["problem"] == "waiting for its weights"
+        restage(root, ["v000000/manifest.full.json"])
         early = asyncio.create_task(client.generate([request("early", 2)]))  # waits for the first weights
         await asyncio.sleep(0.2)
         assert not early.done()

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from astracli.engines.asked import Asked
+from astracli.engines.contract import UNPROVEN
 from astracli.errors import UserError
 
-UNPROVEN = -1
+WAITING = "waiting for its weights"
 _SEED_BITS = (1 << 63) - 1
 _STRIDE = 0x9E3779B97F4A7C15
 """Odd: a continued completion draws with another seed than its beginning did."""
@@ -61,7 +62,7 @@ class VllmEngine:
         self.vocabulary, self.context_length, self.sleeps = vocabulary, context_length, sleeps
         self._library = library
         self.paused = self.asleep = False
-        self.problem: str | None = None if serving else "waiting for its weights"
+        self.problem: str | None = None if serving else WAITING
         self._versions: list[tuple[float, int]] = [(0.0, 0 if serving else UNPROVEN)]
         """(from when, version) of every version that was served."""
         self._running: set[str] = set()
@@ -251,7 +252,7 @@ class VllmEngine:
         wrong = next((found for found in ranks if not found["ok"] or found["version"] != version), None)
         if wrong is not None:
             message = wrong["message"] or f"the loader applied version {wrong['version']}"
-            self.problem = message
+            self.problem = message if self.version != UNPROVEN else WAITING
             return False, message, {}
         if flush and self.cached:
             await (

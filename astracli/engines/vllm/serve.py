@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from astracli.engines.asked import is_batch, read, update
+from astracli.engines.contract import UNPROVEN
 from astracli.engines.http import disconnected, error, events, json_body
 from astracli.engines.vllm.engine import Library, VllmEngine
 from astracli.errors import UserError
@@ -127,7 +128,7 @@ async def _take(engine: VllmEngine, request: Request) -> Response:
 
 
 async def _update(engine: VllmEngine, request: Request) -> Response:
-    version, flush = update(await json_body(request))
+    version, flush = update(await json_body(request), least=UNPROVEN)  # that one is refused, and our loader runs then
     success, message, outcome = await engine.apply_staged(version, flush=flush)
     document = {"success": success, "message": message, "outcome": outcome}
     return JSONResponse(document, status_code=200 if success else 400)

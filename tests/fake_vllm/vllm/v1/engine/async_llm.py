@@ -2,8 +2,9 @@
 it attends to keys and values that other weights computed before its prefill. The worker holds a model with fused
 parameters, into which the extension is mixed as vLLM does; its one rank joins a process group as the executor says.
 FAKE_VLLM=oom: dies at its start; `late`: its engine is dead a moment after it was ready; `open`: its rank meets itself
-where vLLM would have it meet; `unsalted`: its cache takes no notice of salts. tests/test_vllm_names.py compares the
-names and signatures with those of vLLM's sources."""
+where vLLM would have it meet; `unsalted`: its cache takes no notice of salts; `checkpoint`: it holds the model of its
+config.json, though it draws as ever. tests/test_vllm_names.py compares the names and signatures with those of vLLM's
+sources."""
 
 import asyncio
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch.distributed as dist
@@ -29,9 +31,30 @@ def found(name):
     return getattr(import_module(module), attribute)
 
 
+def whole_model(path):
+    """The model of a checkpoint, each tensor by its name; its weights when there are some."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # fp32, as it travels
+            parameter.data = parameter.data.float()
+
+    def load_weights(weights):
+        parameters = dict(model.named_parameters())
+        for name, loaded in list(weights):
+            parameters[name].data.copy_(loaded)
+
+    model.load_weights = load_weights
+    for shard in Path(path).glob("*.safetensors"):
+        load_weights(load_file(shard).items())
+    return model
+
+
 class Worker:
-    def __init__(self):
-        self.model = FusedModel()
+    def __init__(self, path=None):
+        self.model = whole_model(path) if os.environ.get("FAKE_VLLM") == "checkpoint" else FusedModel()
 
     def get_model(self):
         return self.model
@@ -74,7 +97,7 @@ class AsyncLLM:
     def __init__(self, args):
         extension = found(args.worker_extension_cls)
         assert not [one for one in dir(extension) if not one.startswith("__") and hasattr(Worker, one)]
-        self.worker = type("Extended", (Worker, extension), {})()
+        self.worker = type("Extended", (Worker, extension), {})(args.model)
         self.args, self.paused, self.asleep = args, False, False
         if args.distributed_executor_backend:
             executor = (

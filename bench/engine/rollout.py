@@ -119,9 +119,11 @@ class Served:
 
 
 @contextmanager
-def serving(recipe: Recipe, model: Path, folder: Path, *, published: bool = False) -> Iterator[Served]:
+def serving(
+    recipe: Recipe, model: Path, folder: Path, *, published: bool = False, leaves: bool = False
+) -> Iterator[Served]:
     """An engine process of this recipe with the checkpoint's own weights; `published`: with made-up ones, until it is
-    brought version 0."""
+    brought version 0. `leaves`: it can give its memory back."""
     facts, adapter = gather.with_engine(read.probe(), recipe), registry.resolve(recipe, model)
     choice = backend.choose(adapter, facts, recipe, read_config(model), updated=published)
     (port,) = ports.free_ports(1, "127.0.0.1")
@@ -132,7 +134,7 @@ def serving(recipe: Recipe, model: Path, folder: Path, *, published: bool = Fals
         config = EngineConfig(
             name="engine0", run_dir=run, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
             engine=choice.engine, threads=recipe.resources.threads.engine, device=choice.device, port=port,
-            stage_dir=run / "stage", published=published, await_weights=False, time_sharing=False, staging="host",
+            stage_dir=run / "stage", published=published, await_weights=False, time_sharing=leaves, staging="host",
             mem_fraction_static=engines.of(recipe).memory.share(recipe), serving_attention=choice.serving_attention,
             linear_attention=choice.linear_attention, prefix_cache=choice.prefix_cache,
         )  # fmt: skip

@@ -1,10 +1,10 @@
 """Stands in for vLLM's AsyncLLM: a request draws token 5 every few milliseconds, with log-probability -0.5, or -9 where
 it attends to keys and values that other weights computed before its prefill. The worker holds a model with fused
 parameters, into which the extension is mixed as vLLM does; its one rank joins a process group as the executor says.
-FAKE_VLLM=oom: dies at its start; `late`: its engine is dead a moment after it was ready; `open`: its rank meets itself
-where vLLM would have it meet; `unsalted`: its cache takes no notice of salts; `checkpoint`: it holds the model of its
-config.json, though it draws as ever. tests/test_vllm_names.py compares the names and signatures with those of vLLM's
-sources."""
+FAKE_VLLM=oom: dies at its start, `quiet` without a word; `late`: its engine is dead a moment after it was ready;
+`open`: its rank meets itself where vLLM would have it meet; `unsalted`: its cache takes no notice of salts; `checkpoint`:
+it holds the model of its config.json, though it draws as ever. tests/test_vllm_names.py compares the names and
+signatures with those of vLLM's sources."""
 
 import asyncio
 import os
@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch.distributed as dist
-from staged_tools import FusedModel
 
 from vllm.exceptions import VLLMValidationError
 from vllm.prefix_cache import PrefixCache
@@ -54,6 +51,8 @@ def whole_model(path):
 
 class Worker:
     def __init__(self, path=None):
+        from staged_tools import FusedModel  # and with it torch: seconds, which a server that dies need not spend
+
         self.model = whole_model(path) if os.environ.get("FAKE_VLLM") == "checkpoint" else FusedModel()
 
     def get_model(self):
@@ -92,6 +91,8 @@ class AsyncLLM:
     def from_engine_args(cls, engine_args):
         if os.environ.get("FAKE_VLLM") == "oom":
             sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB")
+        if os.environ.get("FAKE_VLLM") == "quiet":
+            os._exit(7)
         return cls(engine_args)
 
     def __init__(self, args):
@@ -105,6 +106,8 @@ class AsyncLLM:
             )
             assert issubclass(executor, UniProcExecutor)
             method, rank, _ = executor()._distributed_args()
+            import torch.distributed as dist
+
             dist.init_process_group("gloo", init_method=method, rank=rank, world_size=1)
         self.output_processor, self.cache = OutputProcessor(), PrefixCache()
         self.began, self.preempted, self._count = time.monotonic(), 0, 0
@@ -200,7 +203,7 @@ class AsyncLLM:
         return [await asyncio.to_thread(getattr(self.worker, method))]
 
     async def check_health(self):
-        if os.environ.get("FAKE_VLLM") == "late" and time.monotonic() > self.began + 1.5:
+        if os.environ.get("FAKE_VLLM") == "late" and time.monotonic() > self.began + 1.0:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def shutdown(self):

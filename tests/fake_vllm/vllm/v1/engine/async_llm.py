@@ -3,7 +3,8 @@ it attends to keys and values that other weights computed before its prefill. Th
 parameters, into which the extension is mixed as vLLM does; its one rank joins a process group as the executor says.
 FAKE_VLLM=oom: dies at its start, `quiet` without a word; `late`: its engine is dead a moment after it was ready;
 `open`: its rank meets itself where vLLM would have it meet; `unsalted`: its cache takes no notice of salts;
-`checkpoint`: it holds the model of its config.json, though it draws as ever. tests/test_vllm_names.py compares names and
+`checkpoint`: it holds the model of its config.json, though it draws as ever;
+tests/test_vllm_names.py compares its names and
 signatures with those of vLLM's sources."""
 
 import asyncio

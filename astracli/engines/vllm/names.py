@@ -22,4 +22,4 @@ def old_transformers(version: str) -> tuple[str, str] | None:
     if version_tuple(version) >= TRANSFORMERS:
         return None
     way = "`pip install 'transformers>=5.5.1'` in the engine's environment"
-    return "it overlooks `rope_parameters` of config.json, and vLLM would serve another model", way
+    return "it does not read `rope_parameters` of config.json, and vLLM would serve another model", way

@@ -147,8 +147,8 @@ def delta_rule(config: Mapping[str, Any], device: str) -> DeltaRule:
 
 
 def engine_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One state slot a request instead of three to five; and the interval that text configs of transformers lack."""
-    flags: dict[str, Any] = {"disable_radix_cache": True}
+    """The interval that text configs of transformers lack."""
+    flags: dict[str, Any] = {}
     text = sizes.text_config(config)
     if "full_attention_interval" not in text:
         override: dict[str, Any] = {"full_attention_interval": sizes.interval(text)}

@@ -64,6 +64,23 @@ def learning(name: str, recipe: str, limit_s: float, more: str = "", model: str 
     return Part(name, REAL.replace("RECIPE", recipe).replace("MODEL", model) + ENGINE + more, limit_s)
 
 
+VLLM_TESTS = (
+    "import os, sys, pytest; os.environ['ASTRA_GPU_ENGINE_PATH'] = '{vllm_path}'; "
+    "sys.exit(pytest.main(['-p', 'no:cacheprovider', '-q', '-m', 'gpu', 'tests/test_vllm_gpu.py']))"
+)
+OF = {"vllm": " --engine vllm --engine-path {vllm_path} --json", "sglang": " --engine sglang" + ENGINE}
+
+
+def beside(bench: str, limit_s: float, *sides: str) -> tuple[Part, ...]:
+    """A bench of an engine for each of `sides`, `ENGINE_MODEL`."""
+    found = []
+    for side in sides:
+        engine, _, model = side.partition("_")
+        command = f"bench/engine/{bench}.py --model {{model_{model}}} --limit-s {limit_s - 60:g}{OF[engine]}"
+        found.append(Part(f"{bench}_{side}", command, limit_s))
+    return tuple(found)
+
+
 PARTS = (
     tests("lora", 180),
     tests("shared_prompts", 180),
@@ -77,6 +94,10 @@ PARTS = (
          " --checkpointing full --json", 240),
     Part("slots_of_turns", "bench/engine/slots.py --model {model_05b} --attention triton --slots 256 --turns 5"
          " --tool-ms 100 --episodes 1000 --seconds 40" + ENGINE, 240),
+    Part("vllm_tests", f"-c {shlex.quote(VLLM_TESTS)}", 300),
+    *beside("side_by_side", 600, "vllm_05b", "sglang_05b", "sglang_4b", "vllm_4b"),
+    *beside("offline", 600, "vllm_05b", "sglang_05b", "sglang_4b"),
+    *beside("prefixes", 600, "vllm_05b", "sglang_05b", "sglang_4b"),
     Part("small_card_24", "bench/learning/small_card.py --gib 24 --groups 16 --model {model_4b} --folder {runs}"
          + ENGINE, 600),
     Part("small_card_48", "bench/learning/small_card.py --gib 48 --side-by-side --steps 8 --model {model_4b}"

@@ -1,9 +1,9 @@
 """Do the sets of constraints/ install? Asks the package index for metadata: `python scripts/check_constraints.py`.
 
-Each file is resolved by `uv pip compile` for every Python that it is meant for, with the extras that it is given with,
-and every package must exist as a wheel. Nothing is downloaded but metadata, nothing is installed: 15 to 20 s on two
-cores. The index is the one that pip is set to use (its default without a setting); other indexes and local folders
-that pip may know are left out, because whoever installs has only the first.
+Each file is resolved by `uv pip compile` for every Python that it is meant for, with the extras that it is given with
+or the packages that it is there for, and every package must exist as a wheel. Nothing is downloaded but metadata,
+nothing is installed: about 20 s on two cores. The index is the one that pip is set to use (its default without a
+setting); other indexes and local folders that pip may know are left out, because whoever installs has only the first.
 
 Exit 0 when every set resolves to the versions that its file pins, 1 when one does not, 2 when uv is not there.
 """
@@ -24,23 +24,30 @@ ELSEWHERE = ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_CONSTRAINT",
 """Settings of uv's that would let a set resolve here alone."""
 
 
+BESIDE_VLLM = "xxhash zstandard psutil"
+"""What our server and weight loader import in vLLM's environment, besides what vLLM brings."""
+
+
 @dataclass(frozen=True)
 class Set:
     """A file of constraints/, and whom it is for."""
 
     file: str
-    extras: tuple[str, ...]
-    """Each as README or a hint gives them to pip: `dev,gpu,sglang`."""
+    wanted: tuple[str, ...]
+    """Each as README or a hint gives them to pip: `astracli[dev,gpu,sglang]`, or other packages."""
     pythons: tuple[str, ...]
     whole: bool = True
     """It pins every package that is installed with it."""
+    platform: str = PLATFORM
 
 
 SETS = (
-    Set("cuda.txt", ("gpu,sglang", "dev,gpu,sglang"), ("3.11", "3.12")),
-    Set("cuda-torch2.11.txt", ("gpu,sglang", "dev,gpu,sglang"), ("3.11", "3.12")),
+    Set("cuda.txt", ("astracli[gpu,sglang]", "astracli[dev,gpu,sglang]"), ("3.11", "3.12")),
+    Set("cuda-torch2.11.txt", ("astracli[gpu,sglang]", "astracli[dev,gpu,sglang]"), ("3.11", "3.12")),
+    Set("vllm.txt", (f"vllm {BESIDE_VLLM}",), ("3.12",)),
+    Set("vllm-torch2.11.txt", (f"vllm {BESIDE_VLLM}",), ("3.12",), platform="x86_64-manylinux_2_35"),
     # torch's CPU wheel needs none of the CUDA packages that the same version from PyPI would bring
-    Set("cpu.txt", ("dev,sinks",), ("3.11", "3.12"), whole=False),
+    Set("cpu.txt", ("astracli[dev,sinks]",), ("3.11", "3.12"), whole=False),
 )
 
 
@@ -76,20 +83,25 @@ def pins(text: str) -> dict[str, str]:
     return found
 
 
-def resolve(found: Set, extras: str, python: str, env: dict[str, str]) -> str | None:
+def resolve(found: Set, wanted: str, python: str, env: dict[str, str]) -> str | None:
     """What is wrong with a set; None when it resolves to what it pins."""
     file = ROOT / "constraints" / found.file
-    command = ["uv", "pip", "compile", "pyproject.toml", "--constraint", str(file), "--python-version", python]
-    for extra in extras.split(","):
+    name, _, extras = wanted.rstrip("]").partition("[")
+    own = name == "astracli"
+    command = ["uv", "pip", "compile", "pyproject.toml" if own else "-", "--constraint", str(file)]
+    command += ["--python-version", python]
+    for extra in extras.split(",") if own else ():
         command += ["--extra", extra]
-    command += ["--python-platform", PLATFORM, "--only-binary", ":all:", "--no-config", "--no-progress"]
-    done = subprocess.run([*command, "--no-header", "--no-annotate"], cwd=ROOT, env=env, capture_output=True, text=True)
+    command += ["--python-platform", found.platform, "--only-binary", ":all:"]
+    command += ["--no-config", "--no-progress", "--no-header", "--no-annotate"]
+    told = None if own else wanted.replace(" ", "\n")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, input=told)
     if done.returncode != 0:
         return f"does not resolve\n{done.stderr.strip()}"
-    wanted, has = pins(file.read_text()), pins(done.stdout)
+    pinned, has = pins(file.read_text()), pins(done.stdout)
     if not has:
         return "uv named no package"
-    loose = [f"{name}=={version}" for name, version in has.items() if name not in wanted]
+    loose = [f"{name}=={version}" for name, version in has.items() if name not in pinned]
     return f"the file does not pin {', '.join(loose)}: add them" if found.whole and loose else None
 
 
@@ -102,9 +114,9 @@ def main() -> int:
         return 2
     for found in SETS:
         for python in found.pythons:
-            for extras in found.extras:
-                what = f"constraints/{found.file}: astracli[{extras}] on Python {python}"
-                wrong = resolve(found, extras, python, env)
+            for wanted in found.wanted:
+                what = f"constraints/{found.file}: {wanted} on Python {python}"
+                wrong = resolve(found, wanted, python, env)
                 failed += wrong is not None
                 print(f"{what}: {'resolves' if wrong is None else wrong}", flush=True)
     if failed:

@@ -22,6 +22,7 @@ def engine(**fields: Any) -> EngineConfig:
     own = dict(
         name="engine0", device="cpu", port=1, stage_dir=Path("/stage"), published=False, await_weights=False,
         time_sharing=False, mem_fraction_static=0.7, staging="host", serving_attention="auto", linear_attention="none",
+        prefix_cache=False,
     )  # fmt: skip
     return _made(EngineConfig, own, fields)
 

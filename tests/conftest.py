@@ -30,7 +30,7 @@ LONGEST = (
     "test_plugins.py", "test_evaluate_worker.py", "test_agents.py", "test_envs.py", "test_train_resume.py",
     "test_jobs.py", "test_weights_bench.py", "test_reward_pool.py", "test_sft_run.py", "test_engine_vllm.py",
     "test_weights_changes.py", "test_doctor_probes.py", "test_docs.py", "test_engine_slots.py",
-    "test_gpu_bench.py", "test_engine_sglang.py", "test_reward.py", "test_grading.py", "test_fetch.py",
+    "test_gpu_bench.py", "test_engine_servers.py", "test_reward.py", "test_grading.py", "test_fetch.py",
     "test_checkpoint.py", "test_eval_simulation.py", "test_make_small.py", "test_cpu_offload.py",
     "test_time_sharing.py", "test_supervise.py", "test_tiny_model.py",
 )  # fmt: skip

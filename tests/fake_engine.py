@@ -65,6 +65,8 @@ class FakeEngine:
     """As SGLang with our loader: answers success to every update, and the outcome is a file here."""
     results: list[dict[str, Any] | None] = field(default_factory=list)
     """What the loader will write into it, by and by; None: nothing, as when it never ran. Afterwards version 1."""
+    cached_share: float | None = None
+    """Part of every prompt that its prefix cache had; None: it does not say."""
     readbacks: bool = False
     """Whether a read-back follows each update."""
     running: int = 0
@@ -181,6 +183,8 @@ class FakeEngine:
                 break
         meta = {"id": "x", "finish_reason": {"type": reason}, "output_token_logprobs": logprobs}
         versions = {"weight_version": str(self.version), "weight_version_start": str(start)}
+        if self.cached_share is not None:
+            versions |= {"cached_tokens": int(self.cached_share * len(ids))}
         return {"output_ids": out, "meta_info": meta | versions}
 
     async def _abort(self, request: Request) -> Response:

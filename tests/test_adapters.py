@@ -219,7 +219,6 @@ def test_engine_flags_restore_the_interval_that_text_configs_lose() -> None:
     saved = Qwen3_5TextConfig.from_dict(qwen3_5.tiny_config()).to_dict()
     assert "full_attention_interval" not in saved
     flags = qwen3_5.engine_flags(saved)
-    assert flags["disable_radix_cache"] is True
     assert json.loads(flags["json_model_override_args"]) == {"full_attention_interval": 4}
     assert "json_model_override_args" not in qwen3_5.engine_flags(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
 

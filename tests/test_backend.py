@@ -63,6 +63,7 @@ def test_cpu() -> None:
         "engine",
         "serving attention",
         "serving linear attention",
+        "prefix cache",
         "trainer attention",
         "micro-batches",
         "shared prompts",
@@ -164,7 +165,7 @@ def test_every_decision_on_recorded_machines(name: str, capability: str, hybrid:
         assert (choice.linear_attention, choice.trainer_attention) == (linear, "sdpa")
         assert choice.reasons[-1].what == "environment"
         assert choice.reasons[-1].choice == " ".join(f"{name}={value}" for name, value in choice.env.items())
-        assert len(choice.reasons) == 10 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
+        assert len(choice.reasons) == 11 and all(row.reason and "\n" not in row.reason for row in choice.reasons)
         if capability != "none":
             lowest = machine.validate(document).capability or (0, 0)
             allowed, refused = attention.serving_options(adapter, lowest)
@@ -291,3 +292,47 @@ def test_flash_attention_needs_more_than_a_namespace_folder() -> None:
         choose(DENSE, facts("9.0", 2), asked)
     choice = choose(DENSE, facts("9.0", 2, packages={"flash-attn": "2.8.0"}), asked)
     assert choice.trainer_attention == "flash_attention_2"
+
+
+SGLANG, VLLM = {"engine": "sglang"}, {"engine": "vllm"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rollout", "mode", "on", "why"),
+    [
+        (DENSE, SGLANG, "in_place", False, "with weights.pause_mode = in_place what waits in sglang would meet"),
+        (DENSE, SGLANG, "retract", False, "with weights.pause_mode = retract what waits in sglang would meet"),
+        (DENSE, SGLANG, "abort", True, "computed once a version"),
+        (DENSE, VLLM, "in_place", True, "computed once a version"),
+        (HYBRID, SGLANG, "abort", False, "a hybrid would take 3 recurrent states of 49.1 MiB instead of 1"),
+        (HYBRID, VLLM, "in_place", False, "a hybrid would take 2 recurrent states of 49.1 MiB instead of 1"),
+        (HYBRID, SGLANG | {"prefix_cache": "on"}, "abort", True, "the recipe asks for it"),
+        (DENSE, VLLM | {"prefix_cache": "off"}, "abort", False, "the recipe asks for it"),
+        (DENSE, SGLANG | {"prefix_cache": "on"}, "in_place", None, "--set weights.pause_mode=abort`, or"),
+    ],
+)
+def test_prefixes_are_kept_where_none_of_old_weights_can_be_found(
+    adapter: Any, rollout: dict[str, Any], mode: str, on: bool | None, why: str
+) -> None:
+    asked, there = recipe(rollout=rollout, weights={"pause_mode": mode}), machine.validate(facts("9.0", 2))
+    config = HYBRID.known_configs["Qwen/Qwen3.5-4B"] if adapter is HYBRID else None
+    if on is None:
+        with pytest.raises(UserError, match="would meet keys and values of old weights") as refused:
+            backend.choose(adapter, there, asked, config)
+        assert why in str(refused.value.hint)
+        assert backend.choose(adapter, there, asked, config, updated=False).prefix_cache
+        return
+    choice = backend.choose(adapter, there, asked, config)
+    row = next(row for row in choice.reasons if row.what == "prefix cache")
+    assert (choice.prefix_cache, row.choice) == (on, "on" if on else "off") and why in row.reason
+
+
+def test_no_prefixes_are_kept_on_a_cpu_or_in_a_deterministic_run() -> None:
+    assert not choose(HYBRID, facts(), recipe(**CPU)).prefix_cache
+    with pytest.raises(UserError, match="prefix_cache = on: the embedded engine has none"):
+        choose(HYBRID, facts(), recipe(rollout={"prefix_cache": "on"}, **CPU))
+    asked = recipe(rollout=VLLM, launch={"deterministic": True})
+    assert not choose(DENSE, facts("9.0", 2), asked).prefix_cache
+    with pytest.raises(UserError, match="trtllm_mha"):
+        weights = {"pause_mode": "abort"}
+        choose(HYBRID, facts("10.0", 2), recipe(rollout=SGLANG | {"prefix_cache": "on"}, weights=weights))

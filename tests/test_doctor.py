@@ -55,7 +55,7 @@ def test_each_check_wrong_and_right(case: Case) -> None:
 
 
 def test_vllm_is_judged_where_a_recipe_takes_it() -> None:
-    """Absent, too old for a hybrid, and with another torch than its own."""
+    """Absent, too old for a hybrid, with another torch than its own, and with a transformers that misreads configs."""
     vllm = ("rollout.engine=vllm",)
     missing = one(judged(BIG, gpu_box(), *vllm), "vllm")
     assert missing["status"] == "fail" and "resources.engine.python" in missing["fix"]
@@ -64,6 +64,9 @@ def test_vllm_is_judged_where_a_recipe_takes_it() -> None:
     report = judged(BIG, old, *vllm)
     assert "install vllm 0.33" in one(report, "vllm hybrids")["fix"]
     assert one(report, "vllm pins")["status"] == "fail" and "torch" in one(report, "vllm pins")["value"]
+    assert not [check for check in report["checks"] if check["name"] == "vllm transformers"]
+    pkg("transformers", "4.57.6")(old)
+    assert "rope_parameters" in one(judged(BIG, old, *vllm), "vllm transformers")["why"]
 
 
 def test_every_check_that_can_go_wrong_has_a_case() -> None:

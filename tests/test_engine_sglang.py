@@ -2,120 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import configs
-import psutil
 import pytest
 import torch
-import warm
+from foreign_engines import ended, is_ready, model_dir, process, sglang_config, until
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_workers_common import TOKEN, FakeHub, hub
-from transfer_tools import TOKEN as WEIGHTS_TOKEN
-from transfer_tools import Server as WeightServer
 
 from astracli.adapters.qwen3_5 import ADAPTER as QWEN3_5
 from astracli.engines import checkpoint, watched
-from astracli.engines.contract import GenRequest
 from astracli.engines.sglang import first_requests
 from astracli.engines.sglang import server as sglang
-from astracli.engines.sglang.client import SglangClient
 from astracli.engines.sglang.command import RENDEZVOUS, Options, arguments, graph_sizes
 from astracli.engines.sglang.settings import SglangTable
 from astracli.errors import RunFailed
-from astracli.process.config import EngineConfig
-from astracli.process.ports import free_ports
-from astracli.weights.publish.publisher import Publisher
-from astracli.weights.receive.subscriber import Subscriber
 
 __all__ = ["hub"]
 
 FAKE = Path(__file__).parent / "fake_sglang"
 OPTIONS = Options(FAKE / "sglang")
 Weights = dict[str, torch.Tensor]
-
-
-def model_dir(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    path.mkdir(exist_ok=True)
-    assert QWEN3_5.tiny_config is not None
-    (path / "config.json").write_text(json.dumps(QWEN3_5.tiny_config()))
-    return path
-
-
-def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) -> EngineConfig:
-    (port,) = free_ports(1, "127.0.0.1")
-    config = configs.engine(run_dir=tmp_path, hub_url=hub.url, token=TOKEN, name="engine0")
-    env = {"PYTHONPATH": str(FAKE), "FAKE_SGLANG": mode}
-    engine = config.recipe.resources.engine.model_copy(update={"env": env})
-    resources = config.recipe.resources.model_copy(update={"engine": engine})
-    launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 20.0})
-    told = {
-        "recipe": config.recipe.model_copy(update={"resources": resources, "launch": launch}),
-        "model_path": model_dir(tmp_path),
-        "engine": "sglang",
-        "serving_attention": "triton",
-        "linear_attention": "triton",
-        "port": port,
-        "stage_dir": tmp_path / "stage" / "engine0",
-        "published": True,
-        "staging": "gpu",
-    }
-    return config.model_copy(update=told | changes)
-
-
-@contextmanager
-def process(config: EngineConfig) -> Iterator[subprocess.Popen[str]]:
-    path = config.run_dir / "engine0.json"
-    path.write_text(config.model_dump_json())
-    (config.run_dir / "config").mkdir(exist_ok=True)
-    started = subprocess.Popen(
-        [sys.executable, "-m", "astracli.engines.sglang.server", str(path)], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield started
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
-
-
-def ended(config: EngineConfig) -> tuple[int, str]:
-    """(exit code, output) of the same process, forked from one that has imported what it needs."""
-    path = config.run_dir / "engine0.json"
-    path.write_text(config.model_dump_json())
-    (config.run_dir / "config").mkdir(exist_ok=True)
-    done = warm.run(["-m", "astracli.engines.sglang.server", str(path)], timeout=60)
-    return done.returncode, done.stdout + done.stderr
-
-
-def until(ready: Any, limit_s: float = 30.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not ready():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def is_ready(hub: FakeHub) -> bool:
-    return any(body["state"] == "ready" for body in hub.bodies)
-
-
-def server_of(watcher: subprocess.Popen[str]) -> psutil.Process:
-    return next(c for c in psutil.Process(watcher.pid).children(recursive=True) if "runpy" in " ".join(c.cmdline()))
 
 
 def weights(seed: int) -> Weights:
@@ -127,91 +40,10 @@ def weights(seed: int) -> Weights:
     return found | {prefix + "linear_attn.A_log": torch.randn(4, generator=draw)}
 
 
-def test_versions_reach_a_server_that_started_without_weights(tmp_path: Path, hub: FakeHub) -> None:
-    config = engine_config(tmp_path, hub)
-    stage = config.stage_dir
-    publisher = Publisher(tmp_path / "weights", transfer="delta", full_interval=100, keep=9, model_name="m")
-    publisher.publish(0, weights(0))
-    files = WeightServer(tmp_path / "weights")
-
-    async def follow() -> None:
-        with contextlib.closing(Subscriber(files.url, WEIGHTS_TOKEN, stage, tmp_path)) as subscriber:
-            async with SglangClient(f"http://127.0.0.1:{config.port}", TOKEN, stage_dir=stage) as client:
-                assert (await client.model_info())["weight_version"] == "-1"
-                subscriber.fetch(0, None)
-                first = await client.apply_staged(0)
-                assert first.success and {"decode_s", "apply_s", "verify_s"} <= first.seconds.keys()
-                await client.settle()
-                assert (await client.model_info())["weight_version"] == "0"
-                publisher.publish(1, weights(1))
-                assert subscriber.fetch(1, 0).kind == "delta"
-                assert (await client.apply_staged(1)).success
-                (result,) = await client.generate([GenRequest([1, 2], 1, seed=1 << 63, rid="a")])
-                assert (result.tokens.tolist(), result.version) == ([5], 1)
-
-                publisher.publish(2, weights(2))
-                subscriber.fetch(2, 0)  # a delta for weights that the engine does not hold
-                refused = await client.apply_staged(2)
-                assert not refused.success and "the engine holds 1" in refused.message
-                assert (await client.model_info())["weight_version"] == "-1"
-                subscriber.fetch(2, None)
-                full = await client.apply_staged(2)
-                assert full.success and full.outcome["staging"] == "gpu", "as the engine was told"
-                assert (await client.model_info())["weight_version"] == "2"
-
-                await client.set_version(-2)  # the stand-in then answers as SGLang does to a call that an abort met
-                (result,) = await client.generate([GenRequest([1, 2], 1, rid="b")])
-                assert result.finish_reason == "abort" and not len(result.tokens)
-
-    with process(config) as watcher:
-        until(lambda: is_ready(hub))
-        asyncio.run(follow())
-        server = server_of(watcher)
-        watcher.send_signal(signal.SIGTERM)
-        output, _ = watcher.communicate(timeout=60)
-    assert watcher.returncode == 143
-    assert TOKEN not in output and "api_key='***'" in output
-    until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
-    files.stop()
-    publisher.close()
-    recorded = json.loads((tmp_path / "environments" / "engine0.json").read_text())
-    assert not recorded["missing"] and recorded["package"] == str(FAKE / "sglang")
-    trainer = json.loads((tmp_path / "environments" / "trainer.json").read_text())
-    assert "sglang" in trainer["missing"] and trainer["versions"]["torch"] == recorded["versions"]["torch"]
-
-
-@pytest.mark.parametrize(
-    ("mode", "words", "hint"),
-    [
-        ("oom", "ended with exit code 1: the GPU ran out of memory", "max_running_requests"),
-        ("late", "ended with exit code 1: the model produced NaN", "weights that it was given"),
-        (
-            "cuda",
-            "ended with exit code 1: the GPU reported an error: an illegal memory access",
-            "attention_backend=triton",
-        ),
-        ("kernel", "ended with exit code 1: a compiled package of its environment does not load", "engine.python"),
-        ("quiet", "ended with exit code 7", "log"),
-        ("mute", "was not ready within 2 s", "log"),
-    ],
-)
-def test_a_server_that_fails_ends_the_process_with_its_reason(
-    tmp_path: Path, hub: FakeHub, mode: str, words: str, hint: str
-) -> None:
-    config = engine_config(tmp_path, hub, mode)
-    if mode == "mute":
-        launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 2.0})
-        config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"launch": launch})})
-    code, output = ended(config)
-    assert code == 1
-    assert f"error: engine0 {words}" in output
-    assert hint in output.rpartition("hint: ")[2]
-
-
 @pytest.mark.parametrize("mode", ["answers", "compiler"])
 def test_sampling_kernels_are_compiled_before_the_engine_is_ready(tmp_path: Path, hub: FakeHub, mode: str) -> None:
     """Greedy samples beside drawn ones: SGLang compiles flashinfer's kernels at the first such batch."""
-    config = engine_config(tmp_path, hub, mode)
+    config = sglang_config(tmp_path, hub, mode)
     recipe = config.recipe
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"greedy": True, "temperature": 0.6})})
     config = config.model_copy(update={"recipe": recipe})
@@ -234,28 +66,10 @@ def test_which_ways_of_sampling_need_kernels() -> None:
     assert need([(1.0, 1.0), (0.0, 1.0)]) and need([(1.0, 1.0), (0.6, 0.95)])
 
 
-def test_a_killed_watcher_takes_its_server_along(tmp_path: Path, hub: FakeHub) -> None:
-    with process(engine_config(tmp_path, hub, "idle")) as watcher:
-        until(lambda: is_ready(hub))
-        server = server_of(watcher)
-        watcher.kill()
-        until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
-
-
-def test_an_environment_without_sglang_is_named(tmp_path: Path, hub: FakeHub) -> None:
-    config = engine_config(tmp_path, hub)
-    engine = config.recipe.resources.engine.model_copy(update={"env": {"PYTHONPATH": str(tmp_path)}})
-    resources = config.recipe.resources.model_copy(update={"engine": engine})
-    config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"resources": resources})})
-    code, output = ended(config)
-    assert code == 1
-    assert f"the engine's environment (`{sys.executable}`) lacks sglang" in output
-
-
 def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
-    config = engine_config(tmp_path, hub)
+    config = sglang_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
-    found = arguments(config, Path("/m"), OPTIONS, {"disable_radix_cache": True, "mamba_ssm_dtype": "float32"})
+    found = arguments(config, Path("/m"), OPTIONS, {"mamba_ssm_dtype": "float32"})
     assert {"--model-path=/m", "--load-format=dummy", "--weight-version=-1", "--attention-backend=triton"} <= set(found)
     assert {"--linear-attn-backend=triton", "--max-running-requests=32", "--mem-fraction-static=0.7"} <= set(found)
     assert {"--disable-radix-cache", "--mamba-ssm-dtype=float32", "--max-total-tokens=262144"} <= set(found)
@@ -264,19 +78,18 @@ def test_command_line(tmp_path: Path, hub: FakeHub) -> None:
     secret = Path(found[found.index("--config") + 1])
     assert json.loads(secret.read_text()) == {"api-key": TOKEN} and secret.stat().st_mode & 0o777 == 0o600
     alone = config.model_copy(update={"published": False, "serving_attention": "auto", "linear_attention": "none"})
-    found = arguments(alone, Path("/m"), OPTIONS, {})
-    assert "--disable-radix-cache" not in found
-    for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
-        weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
-        asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
-        assert ("--disable-radix-cache" not in arguments(asked, Path("/m"), OPTIONS, {})) == cached
+    hybrid = arguments(config.model_copy(update={"prefix_cache": True}), Path("/m"), OPTIONS, {})
+    assert "--disable-radix-cache" not in hybrid and f"--max-mamba-cache-size={3 * 32}" in hybrid
+    assert {"--disable-overlap-schedule", "--mamba-radix-cache-strategy=no_buffer"} <= set(hybrid)
+    found = arguments(alone.model_copy(update={"prefix_cache": True}), Path("/m"), OPTIONS, {})
+    assert "--disable-radix-cache" not in found and not any("mamba" in part for part in found)
     assert {"--load-format=safetensors", "--weight-version=0"} <= set(found)
     assert not any("attention-backend" in part or "linear" in part for part in found)
 
 
 def test_what_the_recipe_says_of_an_engine_is_on_its_command_line(tmp_path: Path, hub: FakeHub) -> None:
     """One server a GPU: never data parallelism, through which SGLang takes no weights. In turns it may leave."""
-    config = engine_config(tmp_path, hub)
+    config = sglang_config(tmp_path, hub)
     (tmp_path / "config").mkdir()
     asked = {"context_length": 4096, "max_running_requests": 24}
     own = SglangTable(chunked_prefill_size=2048, mem_fraction_static=0.55, prefill_delay_ratio=0.05)
@@ -325,7 +138,7 @@ def test_an_engine_that_answers_no_more_is_given_up_with_its_last_lines(
 
     for name, value in (("answers", answers), ("HEALTH_EVERY_S", 0.0), ("LOOK_S", 0.001)):
         monkeypatch.setattr(watched, name, value)
-    config: Any = engine_config(tmp_path, hub)
+    config: Any = sglang_config(tmp_path, hub)
     with pytest.raises(RunFailed, match="engine0 failed 4 health checks in a row: its scheduler hung") as error:
         watched.watch(config, Hung(), Running())  # type: ignore[arg-type]
     assert asked == ["health_generate"] * 8 and "attention_backend=triton" in str(error.value.hint)

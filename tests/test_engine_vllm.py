@@ -9,67 +9,28 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import configs
 import httpx
 import psutil
 import pytest
+from foreign_engines import is_ready, process, until, vllm_config
 from listeners import listening
 from staged_tools import chain, delta, restage, stage, wait_for
-from test_engine_sglang import is_ready, model_dir, until
 from test_workers_common import TOKEN, FakeHub, hub
 
 from astracli.engines.client import EngineClient
-from astracli.engines.contract import GenRequest
+from astracli.engines.contract import UNPROVEN, GenRequest
 from astracli.engines.vllm.server import engine_arguments, logprobs_mode
 from astracli.errors import RunFailed
 from astracli.process import connections
 from astracli.process.config import EngineConfig
-from astracli.process.ports import free_ports
+from astracli.weights.receive.subscriber import Subscriber
 
 __all__ = ["hub"]
 
 FAKE = f"{Path(__file__).parent / 'fake_vllm'}{os.pathsep}{Path(__file__).parent}"
-
-
-def engine_config(tmp_path: Path, hub: FakeHub, mode: str = "", **changes: Any) -> EngineConfig:
-    (port,) = free_ports(1, "127.0.0.1")
-    config = configs.engine(run_dir=tmp_path, hub_url=hub.url, token=TOKEN, name="engine0")
-    env = {"PYTHONPATH": FAKE, "FAKE_VLLM": mode}
-    engine = config.recipe.resources.engine.model_copy(update={"env": env})
-    resources = config.recipe.resources.model_copy(update={"engine": engine})
-    launch = config.recipe.launch.model_copy(update={"ready_timeout_s": 60.0})
-    weights = config.recipe.weights.model_copy(update={"verify_interval": 1})
-    recipe = config.recipe.model_copy(update={"resources": resources, "launch": launch, "weights": weights})
-    told = {
-        "recipe": recipe, "model_path": model_dir(tmp_path), "engine": "vllm", "serving_attention": "auto",
-        "linear_attention": "none", "port": port, "stage_dir": tmp_path / "stage", "published": True,
-        "staging": "host", "time_sharing": True,
-    }  # fmt: skip
-    return config.model_copy(update=told | changes)
-
-
-@contextmanager
-def process(config: EngineConfig) -> Iterator[subprocess.Popen[str]]:
-    path = config.run_dir / "engine0.json"
-    path.write_text(config.model_dump_json())
-    (config.run_dir / "config").mkdir(exist_ok=True)
-    started = subprocess.Popen(
-        [sys.executable, "-m", "astracli.engines.vllm.server", str(path)], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    try:
-        yield started
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
 
 
 def request(rid: str, tokens: int, **more: Any) -> GenRequest:
@@ -80,6 +41,13 @@ async def conversation(config: EngineConfig, where: Path, root: Path) -> None:
     async with EngineClient(f"http://127.0.0.1:{config.port}", TOKEN) as client:
         before = await client.model_info()
         assert (before["weight_version"], before["serving"]) == ("-1", False)
+        with contextlib.closing(Subscriber("http://127.0.0.1:1", TOKEN, where, root)) as subscriber:
+            subscriber.wake(UNPROVEN)  # as a rollout worker does, so that the loader runs before the first pause
+        await client.pause()
+        assert not (await client.apply_staged(UNPROVEN)).success
+        await client.resume()
+        assert (await client.model_info())["problem"] == "waiting for its weights"
+        restage(root, ["v000000/manifest.full.json"])
         early = asyncio.create_task(client.generate([request("early", 2)]))  # waits for the first weights
         await asyncio.sleep(0.2)
         assert not early.done()
@@ -122,14 +90,6 @@ async def conversation(config: EngineConfig, where: Path, root: Path) -> None:
         assert (await client.model_info())["paused"], "waking does not end a pause"
         await client.resume()
 
-        restage(root, [delta(5)])  # a delta of version 4, which the engine does not hold
-        wrong = await client.update(5, "in_place", flush=False)
-        assert not wrong.success and "changes version 4" in wrong.message
-        assert not (await client.model_info())["serving"]
-        await client.resume()
-        restage(root, ["v000005/manifest.full.json"])
-        assert (await client.update(5, "abort", flush=True)).success
-
         with pytest.raises(RunFailed, match="the engine's context is"):
             await client.generate([GenRequest([1] * 300_000, 1, rid="huge")])
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}) as plain:
@@ -137,7 +97,7 @@ async def conversation(config: EngineConfig, where: Path, root: Path) -> None:
 
 
 def test_a_server_is_used_from_its_first_weights_to_its_last(tmp_path: Path, hub: FakeHub) -> None:
-    config = engine_config(tmp_path, hub)
+    config = vllm_config(tmp_path, hub)
     where = stage(tmp_path, chain(6), ["v000000/manifest.full.json"], transfer="delta", full_interval=5)
     with process(config) as watcher:
         try:
@@ -167,28 +127,19 @@ def strangers(port: int) -> None:
 
 
 def test_a_server_that_listens_elsewhere_is_said(tmp_path: Path, hub: FakeHub) -> None:
-    with process(engine_config(tmp_path, hub, "open")) as watcher:
+    with process(vllm_config(tmp_path, hub, "open")) as watcher:
         until(lambda: is_ready(hub) or watcher.poll() is not None, 90)
         os.killpg(watcher.pid, signal.SIGTERM)
         output, _ = watcher.communicate(timeout=60)
     assert re.search(r"warning: engine0: vLLM listens at (\[::\]|0\.0\.0\.0):\d+, without the run's token", output)
 
 
-@pytest.mark.parametrize(("mode", "words"), [("oom", "GPU ran out of memory"), ("late", "GPU reported an error")])
-def test_the_end_of_a_server_is_explained(tmp_path: Path, hub: FakeHub, mode: str, words: str) -> None:
-    with process(engine_config(tmp_path, hub, mode)) as watcher:
-        output, _ = watcher.communicate(timeout=90)
-    assert watcher.returncode == 1 and "error: engine0 ended with" in output and words in output
-
-
 def test_arguments(tmp_path: Path, hub: FakeHub) -> None:
-    config = engine_config(tmp_path, hub)
-    found = engine_arguments(config, Path("/m"), hybrid=False)
+    config = vllm_config(tmp_path, hub)
+    found = engine_arguments(config, Path("/m"))
     assert (found["load_format"], found["skip_tokenizer_init"], found["enable_sleep_mode"]) == ("dummy", True, True)
     assert "attention_backend" not in found and TOKEN not in json.dumps(found)
-    assert not engine_arguments(config, Path("/m"), hybrid=True)["enable_prefix_caching"]
-    for mode, cached in (("retract", False), ("in_place", False), ("abort", True)):
-        weights = config.recipe.weights.model_copy(update={"pause_mode": mode})
-        asked = config.model_copy(update={"recipe": config.recipe.model_copy(update={"weights": weights})})
-        assert engine_arguments(asked, Path("/m"), hybrid=False)["enable_prefix_caching"] == cached
+    assert found["enable_prefix_caching"]
+    without = config.model_copy(update={"prefix_cache": False})
+    assert not engine_arguments(without, Path("/m"))["enable_prefix_caching"]
     assert (logprobs_mode(1.0), logprobs_mode(0.6)) == ("raw_logprobs", "processed_logprobs")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from astracli.engines.vllm import names
+from astracli.engines.vllm.plugin import TORCH
 from astracli.machine.facts import version_tuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +108,10 @@ def test_constraints_are_the_sets_that_belong_together() -> None:
     assert cuda["flash-linear-attention"] == "0.6.0"
     assert (ran["torch"], ran["transformers"], ran["triton"]) == ("2.11.0", "5.12.1", "3.6.0")
     assert (ran["sglang"], ran["flash-linear-attention"], ran["tilelang"]) == ("0.5.17", "0.5.0", "0.1.11")
+    for name, release in (("vllm.txt", "0.33.0"), ("vllm-torch2.11.txt", "0.20.2")):
+        beside = pins(name)
+        assert beside["vllm"] == release and beside["torch"] == TORCH[version_tuple(release)[:2]]
+        assert names.old_transformers(beside["transformers"]) is None
 
 
 FAKE_UV = """#!{python}
@@ -148,7 +154,8 @@ def test_the_constraints_are_asked_of_pips_index_alone(
     asked = [json.loads(line) for line in log.read_text().splitlines()]
     assert {tuple(env.values()) for _, env in asked} == {("file:///index", None)}
     for arguments, _ in asked:
-        assert arguments[:3] == ["pip", "compile", "pyproject.toml"] and "--no-config" in arguments
+        source = "-" if Path(arguments[4]).name.startswith("vllm") else "pyproject.toml"
+        assert arguments[:3] == ["pip", "compile", source] and "--no-config" in arguments
         assert arguments[arguments.index("--only-binary") + 1] == ":all:"
     both = [(Path(a[4]).name, a[6]) for a, _ in asked]
     assert {(name, python) for name in ("cuda.txt", "cuda-torch2.11.txt") for python in ("3.11", "3.12")} <= set(both)

@@ -117,6 +117,22 @@ def test_a_run_held_to_24_gib_of_a_big_card_is_planned_as_on_a_card_of_24() -> N
     assert run.planned(held, "train", small) == wanted, "what a card does not have is not given either"
 
 
+def test_a_hybrids_prefix_cache_is_counted_in_recurrent_states() -> None:
+    """SGLang takes three a request, and the plan fits fewer requests."""
+    shape = qwen3_5.ADAPTER.memory_shape(qwen3_5.ADAPTER.known_configs["Qwen/Qwen3.5-4B"])
+    abort = ("weights.pause_mode=abort",)
+    without, cached = (load("qwen3.5-4b-m2po-delta", *abort, f"rollout.prefix_cache={it}") for it in ("auto", "on"))
+    running = without.rollout.running
+    more = MEMORY.reserved(shape, cached) - MEMORY.reserved(shape, without)
+    assert more == 2 * running * shape.state_bytes_per_sequence
+    box = facts("9.0", 8, memory_gib=44, host_gib=512)
+    requests = [planned(one, box).running_requests for one in (without, cached)]
+    assert requests[1] <= requests[0]
+    states = [sum(row.bytes for row in planned(one, box).memory if row.component is Component.RECURRENT_STATE)
+              for one in (without, cached)]  # fmt: skip
+    assert states[1] > states[0]
+
+
 def test_an_engine_beside_its_trainer_reserves_what_that_one_leaves() -> None:
     shared = ("resources.rollout_gpus=1", "resources.train_gpus=1", "resources.share_gpus=true")
     recipe = load("qwen3.5-4b-m2po-delta", *shared, REQUESTS)

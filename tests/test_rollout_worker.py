@@ -115,8 +115,10 @@ def test_a_run_whose_prompts_all_do_not_fit_ends(world: World, monkeypatch: pyte
 
 def test_n_groups_are_written_without_a_trainer(world: World) -> None:
     out = world.path / "samples.jsonl"
+    world.engine.cached_share = 0.5
     asyncio.run(world.play(samples=SampleFile(path=out, groups=5)))
     (record,) = records(world)
+    assert 0.4 < record["prefix_hit_rate"] <= 0.5, "half of each prompt, in whole tokens"
     assert (record["process"], record["engine"]) == ("rollout", "engine0") and "step" not in record
     assert 0 < record["slots_busy"] <= 1 and 0 < record["interval_s"] < 60
     rows = [json.loads(line) for line in out.read_text().splitlines()]

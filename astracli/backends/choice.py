@@ -13,6 +13,7 @@ from typing import Any, Literal
 from astracli.backends import delta_rule
 from astracli.config.recipe import Recipe
 from astracli.config.recipe_train import SHARE_ABOVE
+from astracli.engines import prefix_cache
 from astracli.engines import registry as engines
 from astracli.engines.contract import ASKED, Case, known
 from astracli.errors import UserError
@@ -48,6 +49,7 @@ class BackendChoice:
     """`auto` = decided where the GPUs are."""
     linear_attention: str
     """Engine kernel of the linear-attention layers; `none` for a dense model."""
+    prefix_cache: bool
     trainer_attention: str
     gdn_forward: str
     """`torch`, `fla`, `fla+tilelang`, `auto` (decided where the GPUs are) or `none` (dense)."""
@@ -65,13 +67,21 @@ class BackendChoice:
 
 
 def choose(
-    adapter: ModelAdapter, facts: Machine, recipe: Recipe, config: Mapping[str, Any] | None = None
+    adapter: ModelAdapter,
+    facts: Machine,
+    recipe: Recipe,
+    config: Mapping[str, Any] | None = None,
+    *,
+    updated: bool = True,
 ) -> BackendChoice:
-    """Decide for this machine. Raises UserError for a combination that cannot work anywhere or fails on these GPUs."""
+    """Decide for this machine. `updated`: the engines get new versions of the weights while they serve.
+
+    Raises UserError for a combination that cannot work anywhere or fails on these GPUs.
+    """
     device, why_device = _device(recipe)
     engine, why_engine = engines.chosen(recipe)
-    case = Case(facts, device, recipe, adapter, config)
-    serving = engine.choose(case)
+    case = Case(facts, device, recipe, adapter, config, updated=updated)
+    serving, (cached, why_cached) = engine.choose(case), prefix_cache.decide(engine, case)
     if why_engine == ASKED and serving.reason:
         why_engine += f": {serving.reason}"
     trainer, why_trainer = _trainer(facts, recipe, device)
@@ -86,6 +96,7 @@ def choose(
         Backend("engine", engine.name, why_engine),
         Backend("serving attention", *serving.attention),
         Backend("serving linear attention", *serving.linear_attention),
+        Backend("prefix cache", "on" if cached else "off", why_cached),
         Backend("trainer attention", trainer, why_trainer),
         Backend("micro-batches", layout, why_layout),
         Backend("shared prompts", shared.words, shared.reason),
@@ -98,6 +109,7 @@ def choose(
         engine=engine.name,
         serving_attention=serving.attention[0],
         linear_attention=serving.linear_attention[0],
+        prefix_cache=cached,
         trainer_attention=trainer,
         gdn_forward=gdn,
         gdn_backward=gdn,

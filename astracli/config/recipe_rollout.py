@@ -61,6 +61,10 @@ class RolloutTable(Table):
     """An engine gets new requests when this many of its slots are free, or after a quarter of a second. Taking up one
     request stops decoding for nearly as long as taking up many. `auto`: a sixteenth of the slots where an engine has 64
     or more, otherwise 1. It matters for engines whose client sends each request by itself."""
+    prefix_cache: Literal["auto", "on", "off"] = "auto"
+    """Whether an engine keeps the keys and values of prompts for later requests with the same beginning: the samples of
+    a group, the turns of an episode. Those of older weights serve nobody. On a hybrid it costs memory for further
+    recurrent states. `auto`: where it costs nothing and the engine has one; the plan shows the reason."""
     max_dropped_batches: NonNegativeInt = 8
     """Groups in which all samples have the same reward are dropped. The run ends after this many batches (x
     `train.batch_groups` groups) were dropped in a row. 0: it never ends for this reason."""

@@ -72,12 +72,12 @@ def is_batch(body: Mapping[str, Any]) -> bool:
     return isinstance(body["input_ids"][0], list)
 
 
-def update(body: Mapping[str, Any]) -> tuple[int, bool]:
+def update(body: Mapping[str, Any], least: int = 0) -> tuple[int, bool]:
     """(version, whether caches are dropped) of a body that asks for an update. Raises UserError."""
     if body.get("load_format") != STAGED:
         what = f"load_format {body.get('load_format')!r:.40} is not `{STAGED}`"
         raise UserError(f"{what}: an update applies what is staged")
-    return whole(body.get("weight_version"), "weight_version", 0), bool(body.get("flush_cache", True))
+    return whole(body.get("weight_version"), "weight_version", least), bool(body.get("flush_cache", True))
 
 
 def _one(ids: list[int], params: Any, rid: Any, offset: Any, vocabulary: int, context_length: int) -> Asked:

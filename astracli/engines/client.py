@@ -334,5 +334,6 @@ def _result(answer: Mapping[str, Any]) -> GenResult:
         version=version,
         version_start=int(meta.get("weight_version_start", version)),
         rid=meta["id"],
+        cached_tokens=meta.get("cached_tokens"),
         engine_s=meta.get("e2e_latency"),
     )

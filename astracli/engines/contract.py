@@ -60,6 +60,8 @@ class Case:
     """config.json of the model, when it is known."""
     attention: str | None = None
     """What `choose` took; None before, and after a refusal."""
+    updated: bool = True
+    """A trainer brings it new versions while it serves."""
     wanted: bool = True
     """The recipe generates with this engine: what is missing for it is a failure, else a warning."""
 
@@ -136,6 +138,8 @@ class GenResult:
     version_start: int
     """Weights in force at the first token; differs only for a request kept through an update."""
     rid: str
+    cached_tokens: int | None = None
+    """Tokens of `input_ids` whose keys and values a prefix cache had; None where the engine does not say."""
     engine_s: float | None = None
     """Seconds from its arrival at the engine to its end there, by the engine's clock; None where it does not say."""
 
@@ -161,7 +165,7 @@ Ended = Callable[[int, GenResult], None]
 
 def flushes(pause_mode: str) -> bool:
     """Whether an update of this mode may ask for an empty cache: only with no request anywhere. Requests that were
-    retracted wait, and those paused in place hold theirs; in these modes the engine runs without a prefix cache."""
+    retracted wait, and those paused in place hold theirs (`Engine.cache_modes`)."""
     return pause_mode == "abort"
 
 
@@ -220,6 +224,9 @@ class Engine:
     memory: MemoryModel = MemoryModel()
     sample: Sample | None = None
     """Draws tokens in the calling process, for `astra doctor --probe`; None: only a server of it can."""
+    cache_modes: frozenset[str] = frozenset()
+    """Values of `weights.pause_mode` under which its prefix cache gives no request what older weights computed. Empty:
+    it has none. (`prefix_cache.py` decides.)"""
     hints: Sequence[FailureHint] = ()
     """In order: the first that is found in its last lines explains its end."""
 

@@ -21,6 +21,8 @@ class MemoryModel:
     """Bytes of its KV cache over those of one in bf16."""
     spare_states = 0
     """Recurrent states that it holds besides those of the requests that it serves."""
+    cached_states = 1
+    """Recurrent states that a request takes with a prefix cache."""
     stays = CUDA_CONTEXT
     """What it keeps of its GPU while a trainer uses that in time sharing."""
 
@@ -34,8 +36,12 @@ class MemoryModel:
 
     def reserved(self, shape: MemoryShape, recipe: Recipe, *, requests: int = 1) -> int:
         """What it must reserve on a GPU: weights, every state, and the KV cache of `requests` full contexts."""
-        states = (recipe.rollout.running + self.spare_states) * shape.state_bytes_per_sequence
+        states = (recipe.rollout.running * self.states(recipe) + self.spare_states) * shape.state_bytes_per_sequence
         return self.weight_bytes * shape.parameters + states + requests * self.cache(shape, recipe)
+
+    def states(self, recipe: Recipe) -> int:
+        """Recurrent states of one request. A hybrid's prefix cache is there only when the recipe asks for it."""
+        return self.cached_states if recipe.rollout.prefix_cache == "on" else 1
 
     def beside(self, shape: MemoryShape, recipe: Recipe) -> int:
         """What it takes of a GPU besides what it reserves."""

@@ -164,6 +164,7 @@ def _engine(context: RunContext, process: ProcessPlan, own: Mapping[str, Any]) -
         staging=plan.placement.staging if process.gpus else "host",
         serving_attention=plan.choice.serving_attention,
         linear_attention=plan.choice.linear_attention,
+        prefix_cache=plan.choice.prefix_cache,
     )
 
 

@@ -36,7 +36,7 @@ from astracli.machine.facts import Machine
 from astracli.models import registry
 from astracli.models.chat import template_of
 from astracli.plan.build import build, refuse
-from astracli.plan.types import Command, LaunchPlan
+from astracli.plan.types import TRAINING, Command, LaunchPlan
 from astracli.process.atomic import write_atomic
 from astracli.process.config import Keep, SampleFile
 from astracli.process.console import plain, say
@@ -64,7 +64,7 @@ def planned(
         config = recorded.config
     config = _config_if_here(recipe) if config is None else config
     adapter = registry.resolve(recipe, config)
-    choice = backend.choose(adapter, facts, recipe, config)
+    choice = backend.choose(adapter, facts, recipe, config, updated=command in TRAINING)
     local = fetch.local_path(recipe.model.path) if here and config is not None else None
     size = sum(file.stat().st_size for file in local.glob("*.safetensors")) if local is not None else None
     template = template_of(local) if local is not None else None

@@ -74,7 +74,7 @@ class _Search:
     def _fit(self, static: int, comfort: int) -> int:
         """Requests of which one in `comfort` finds the KV cache of a full context in `static` bytes; at least 1."""
         recipe, shape, model = self.recipe, self.shape, engines.of(self.recipe).memory
-        each = shape.state_bytes_per_sequence + model.cache(shape, recipe) / comfort
+        each = shape.state_bytes_per_sequence * model.states(recipe) + model.cache(shape, recipe) / comfort
         room = static - model.reserved(shape, _with(recipe, 0), requests=0)
         fit = max(1, int(room // each)) if each else MOST
         while fit > 1 and static + safe(model.beside(shape, _with(recipe, fit))) > self.gpu_bytes:
@@ -98,7 +98,7 @@ class _Search:
         """(the recipe with `most` requests, or a multiple of 8 of what fits; how they were found)."""
         count = min(fit - (fit % 8 if fit > 8 else 0), most)
         parts = f"a full context of {words(engines.of(self.recipe).memory.cache(self.shape, self.recipe))}"
-        size = self.shape.state_bytes_per_sequence
+        size = self.shape.state_bytes_per_sequence * engines.of(self.recipe).memory.states(self.recipe)
         state = f"{words(size)} of state each" if size else ""
         if comfort == 1:
             parts += f" and {state}" if state else " each"

@@ -97,6 +97,8 @@ class EngineConfig(ProcessConfig):
     """Where a full version waits until its pause."""
     serving_attention: str
     linear_attention: str
+    prefix_cache: bool
+    """It keeps keys and values of prompts for later requests."""
 
 
 class RolloutConfig(ProcessConfig):

@@ -56,6 +56,8 @@ class RequestGate:
         """How often in a row the engine was lost."""
         self._last_update = (self.use.seconds(), 0)
         self._counts = {"aborted_samples": 0, "prefilled_again_tokens": 0}
+        self._prompts = {"prompt_tokens": 0, "cached_tokens": 0}
+        """Of requests whose engine says how much a prefix cache had."""
         self._failed_episodes = 0
         self._redrawn = 0
         self._health: asyncio.Task[bool] | None = None
@@ -150,6 +152,9 @@ class RequestGate:
             left -= 1
             late_s = 0.0 if result.engine_s is None else max(0.0, time.monotonic() - begun - result.engine_s)
             self.use.change(sent=-1, late_s=late_s)
+            if result.cached_tokens is not None:
+                self._prompts["prompt_tokens"] += len(requests[place].input_ids)
+                self._prompts["cached_tokens"] += result.cached_tokens
             if heard is not None:
                 proven = self.sync.proven.is_set() and self.sync.voids == voids
                 heard(place, with_oldest(result), proven)
@@ -217,10 +222,13 @@ class RequestGate:
         late_s, self.use.late_s = self.use.late_s / max(1, self.use.answers), 0.0
         self.use.answers = 0
         self._last_update = (now, self.tokens)
-        counts = dict(self._counts)
+        counts: dict[str, float] = dict(self._counts)
         self._counts = dict.fromkeys(self._counts, 0)
         if self._failed_episodes:
             counts["failed_episodes"], self._failed_episodes = self._failed_episodes, 0
+        if prompt := self._prompts["prompt_tokens"]:
+            counts["prefix_hit_rate"] = self._prompts["cached_tokens"] / prompt
+            self._prompts = dict.fromkeys(self._prompts, 0)
         if self._redrawn:
             counts["redrawn_requests"], self._redrawn = self._redrawn, 0
         interval_s = max(1e-9, now.all - then.all)

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from astracli.hub.store import HubStore
 from astracli.hub.types import HubSettings
 from astracli.machine import read
 from astracli.models import registry
-from astracli.models.adapter import chat_prompt_tokens
+from astracli.models.adapter import chat_prompt_tokens, read_config
 from astracli.process import ports
 from astracli.process.config import EngineConfig
 from astracli.process.server import ServerThread
@@ -54,6 +55,8 @@ from shared import RECIPE, command, finished, folder, gpu_settings, more_options
 
 TOKEN = "bench"
 GROUP = 8
+SHARES = {"sglang": "sglang.mem_fraction_static", "vllm": "vllm.gpu_memory_utilization"}
+"""Engine -> what it may reserve of its GPU."""
 MANY = 100_000
 """Groups of a batch and steps of a run."""
 
@@ -66,12 +69,19 @@ def settings(args: argparse.Namespace, total_gib: float | None) -> list[str]:
         "rollout.max_new_tokens": args.new_tokens, "rollout.context_length": args.prompt_tokens + 64 + args.new_tokens,
         "rollout.max_running_requests": args.concurrency, "algorithm.drop_equal_groups": "false",
     }  # fmt: skip
+    kind = args.engine if args.engine != "auto" else "sglang" if args.device == "cuda" else "embedded"
+    if args.model:
+        found["model.path"] = str(args.model)
+    if args.engine != "auto":
+        found["rollout.engine"] = args.engine
+    if args.engine_python:
+        found["resources.engine.python"] = args.engine_python
     if args.device == "cuda":
-        found |= gpu_settings(args, None) | {"model.path": str(args.model)}
+        found |= gpu_settings(args, None)
         if args.attention:
-            found["rollout.sglang.attention_backend"] = args.attention
-        share = (args.memory_gib or total_gib or 0) / (total_gib or 1)
-        found["rollout.sglang.mem_fraction_static"] = round(0.8 * min(1.0, share), 4)
+            found[f"rollout.{kind}.attention_backend"] = args.attention
+        if total_gib:
+            found[f"rollout.{SHARES[kind]}"] = round(0.8 * min(1.0, (args.memory_gib or total_gib) / total_gib), 4)
     return [f"{key}={value}" for key, value in found.items()]
 
 
@@ -96,11 +106,26 @@ def hub(folder: Path, metrics: Path | None = None, **more: Any) -> Iterator[tupl
         store.close()
 
 
+@dataclass(frozen=True)
+class Served:
+    """An engine process that is ready."""
+
+    url: str
+    hub_url: str
+    stage: Path
+    weights: Path
+    """Where a trainer publishes for it."""
+    start_s: float
+
+
 @contextmanager
-def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
-    """An engine process of this recipe with the checkpoint's own weights; yields its URL."""
+def serving(
+    recipe: Recipe, model: Path, folder: Path, *, published: bool = False, leaves: bool = False
+) -> Iterator[Served]:
+    """An engine process of this recipe with the checkpoint's own weights; `published`: with made-up ones, until it is
+    brought version 0. `leaves`: it can give its memory back."""
     facts, adapter = gather.with_engine(read.probe(), recipe), registry.resolve(recipe, model)
-    choice = backend.choose(adapter, facts, recipe)
+    choice = backend.choose(adapter, facts, recipe, read_config(model), updated=published)
     (port,) = ports.free_ports(1, "127.0.0.1")
     run = folder / f"engine-{port}"
     (run / "config").mkdir(parents=True)
@@ -109,23 +134,32 @@ def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
         config = EngineConfig(
             name="engine0", run_dir=run, attempt=1, hub_url=hub_url, token=TOKEN, recipe=recipe, model_path=model,
             engine=choice.engine, threads=recipe.resources.threads.engine, device=choice.device, port=port,
-            stage_dir=run / "stage", published=False, await_weights=False, time_sharing=False, staging="host",
+            stage_dir=run / "stage", published=published, await_weights=False, time_sharing=leaves, staging="host",
             mem_fraction_static=engines.of(recipe).memory.share(recipe), serving_attention=choice.serving_attention,
-            linear_attention=choice.linear_attention,
+            linear_attention=choice.linear_attention, prefix_cache=choice.prefix_cache,
         )  # fmt: skip
         path = run / "config" / "engine0.json"
         path.write_text(config.model_dump_json())
         command = [sys.executable, "-m", engines.of(recipe).start(recipe).module, str(path)]
+        began = time.monotonic()
         with (run / "engine.log").open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(choice.env)
             )
             try:
-                wait_ready(f"http://127.0.0.1:{port}", process, run / "engine.log")
-                yield f"http://127.0.0.1:{port}"
+                url = f"http://127.0.0.1:{port}"
+                wait_ready(url, process, run / "engine.log")
+                yield Served(url, hub_url, run / "stage", run / "weights", time.monotonic() - began)
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+@contextmanager
+def engine(recipe: Recipe, model: Path, folder: Path) -> Iterator[str]:
+    """The URL of an engine process with the checkpoint's own weights."""
+    with serving(recipe, model, folder) as served:
+        yield served.url
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -177,9 +211,10 @@ def engine_options(doc: str | None) -> argparse.ArgumentParser:
     """What the benches of an engine ask for."""
     return options(
         doc, model={str: "checkpoint directory; default the shipped tiny model"}, recipe=RECIPE,
-        device=("cuda", "cpu"), memory_gib={float: "of a smaller GPU"},
-        attention={str: "rollout.sglang.attention_backend"},
-        engine_path={str: "PYTHONPATH of the environment that holds SGLang"},
+        engine=("auto", "sglang", "vllm", "embedded"), device=("cuda", "cpu"), memory_gib={float: "of a smaller GPU"},
+        attention={str: "attention_backend of the engine's table"},
+        engine_path={str: "PYTHONPATH of the environment that holds the engine"},
+        engine_python={str: "its interpreter"},
     )  # fmt: skip
 
 

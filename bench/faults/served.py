@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,38 +242,34 @@ def vllm(stage: Path) -> Iterator[Listener]:
     paths = [str(TESTS), str(TESTS / "fake_vllm"), *sys.path]
     try:
         with mock.patch.object(sys, "path", paths), mock.patch.dict(os.environ, ASTRA_STAGE_DIR=str(stage)):
-            app, serves = _vllm_app()
+            app, engine = _vllm_app()
             with _server(app) as url:
+
+                def serves() -> None:
+                    engine.problem = None
+                    _ask(url, "/continue_generation")
+
                 yield Listener("server around vLLM", url, ENGINE, after=serves, alive=INFO)
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:  # it is none
             del sys.modules[name]
 
 
-def _vllm_app() -> tuple[ASGIApp, Callable[[], None]]:
-    """The application, and what makes it serve again."""
-    from functools import partial
-
-    from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from astracli.engines.vllm.engine import VllmEngine
+def _vllm_app() -> tuple[ASGIApp, Any]:
+    """The application and its engine."""
     from astracli.engines.vllm.names import WORKER
-    from astracli.engines.vllm.serve import build_app
+    from astracli.engines.vllm.serve import build_app, start
 
-    told = AsyncEngineArgs(worker_extension_cls=WORKER, enable_prefix_caching=False, max_model_len=64,
-                           enable_sleep_mode=True)  # fmt: skip
-    engine = VllmEngine(
-        AsyncLLM.from_engine_args(told), partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY), model="m",
-        serving=True, seeded=True, cached=False, vocabulary=32, context_length=64, sleeps=True,
-    )  # fmt: skip
+    asked = {"model": "m", "worker_extension_cls": WORKER, "enable_prefix_caching": True, "max_model_len": 64,
+             "enable_sleep_mode": True}  # fmt: skip
+    engine = start({"engine": asked, "serving": True, "seeded": True, "vocabulary": 32})
+    return build_app(engine, TOKEN), engine
 
-    def serves() -> None:
-        engine.problem, engine.paused, engine.llm.paused = None, False, False
 
-    return build_app(engine, TOKEN), serves
+def _ask(url: str, path: str) -> None:
+    import httpx
+
+    httpx.post(url + path, json={}, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).raise_for_status()
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class Trainer:
 
     def __init__(
         self, args: argparse.Namespace, model: Any, adapter: Any, folder: Path, *,
-        transfer: Literal["full", "delta"] = "delta", keep: int = 4,
+        transfer: Literal["full", "delta"] = "delta", keep: int = 4, full_interval: int = 1000,
     ):  # fmt: skip
         wanted = adapter.wire_tensors(model)
         parameters = dict(model.named_parameters())
@@ -138,7 +138,7 @@ class Trainer:
         self.lr, self.draw = args.lr, torch.Generator(args.device).manual_seed(0)
         threads = 1 if args.device == "cpu" else min(16, os.cpu_count() or 1)
         self.publisher = Publisher(
-            folder, transfer=transfer, full_interval=1000, keep=keep, model_name="bench", threads=threads
+            folder, transfer=transfer, full_interval=full_interval, keep=keep, model_name="bench", threads=threads
         )
 
     @torch.no_grad()

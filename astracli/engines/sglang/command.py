@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from astracli.engines import watched
-from astracli.engines.contract import UNPROVEN, flushes
+from astracli.engines.contract import UNPROVEN
 from astracli.engines.sglang.client import SETTLE_LOADER, STAGED_LOADER
+from astracli.engines.sglang.memory import SglangMemory
 from astracli.engines.sglang.settings import own
 from astracli.errors import RunFailed
 from astracli.process.atomic import write_atomic
@@ -84,8 +85,12 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
     if config.device == "cpu":
         settings |= {"device": "cpu", "disable_overlap_schedule": True, "disable_cuda_graph": True}
         del settings["disable_prefill_cuda_graph"]
-    if config.published and not flushes(config.recipe.weights.pause_mode):
-        settings["disable_radix_cache"] = True  # it would hold states of weights that are gone
+    if not config.prefix_cache:
+        settings["disable_radix_cache"] = True
+    elif config.linear_attention != "none":
+        # 0.5.17 does not know the text model as a hybrid with a cache, and leaves on what its strategy forbids
+        settings |= {"mamba_radix_cache_strategy": "no_buffer", "disable_overlap_schedule": True}
+        settings["max_mamba_cache_size"] = slots * SglangMemory.cached_states
     if config.serving_attention != "auto":
         settings["attention_backend"] = config.serving_attention
     if config.linear_attention != "none":
@@ -98,7 +103,7 @@ def arguments(config: EngineConfig, model: Path, options: Options, flags: Mappin
             raise RunFailed("this SGLang does not know `rollout.sglang.prefill_delay_ratio`", hint)
         settings |= {"enable_prefill_delayer": True, "prefill_delayer_queue_min_ratio": ratio}
         settings["prefill_delayer_max_delay_ms"] = PREFILL_DELAY_MS
-    optional = {"disable_prefill_cuda_graph", "mm_feature_transport", "mamba_ssm_dtype"}
+    optional = {"disable_prefill_cuda_graph", "mm_feature_transport", "mamba_ssm_dtype", "mamba_radix_cache_strategy"}
     settings["mm_feature_transport"] = "cpu"  # else a gigabyte of the GPU is kept for images
     result = ["--config", str(_secret(config))]
     for name, value in settings.items():

@@ -26,7 +26,9 @@ class SglangMemory(MemoryModel):
     weight_bytes = 2
     cache_factor = 1
     spare_states = 1
-    """It holds one slot more than it serves; one a request, because the radix cache is off."""
+    """It holds one slot more than it serves."""
+    cached_states = 3
+    """Of its strategy `no_buffer` (0.5.17: `_calculate_mamba_ratio` in `mem_cache/kv_cache_configurator.py`)."""
     stays = CUDA_GRAPHS + CUDA_CONTEXT
 
     def share(self, recipe: Recipe) -> float:
@@ -51,7 +53,7 @@ class SglangMemory(MemoryModel):
             MemoryRow(name, Component.KV_CACHE_OF_OTHERS, "gpu", pool - one, fixed=reserved is not None),
         ]
         if shape.state_bytes_per_sequence:
-            states = shape.state_bytes_per_sequence * (requests + self.spare_states)
+            states = shape.state_bytes_per_sequence * (requests * self.states(recipe) + self.spare_states)
             rows.append(MemoryRow(name, Component.RECURRENT_STATE, "gpu", states))
         staged = 0 if recipe.weights.transfer == "adapter" else int(STAGED_BYTES * shape.parameters)
         return [

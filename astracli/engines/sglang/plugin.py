@@ -9,6 +9,7 @@ from astracli.engines.contract import Case, Engine, Serving, Start
 from astracli.engines.sglang import attention, doctor, failure_hints
 from astracli.engines.sglang.memory import SglangMemory
 from astracli.engines.sglang.settings import NAME, SglangTable
+from astracli.errors import UserError
 
 if TYPE_CHECKING:
     from astracli.config.recipe import Recipe
@@ -28,6 +29,9 @@ class Sglang(Engine):
     package = "sglang"
     upgrade = "`pip install -c constraints/cuda.txt 'astracli[gpu,sglang]'` (a newer SGLang with its torch and triton)"
     memory = SglangMemory()
+    cache_modes = frozenset({"abort"})
+    """Without one, or with its requests gone, it is emptied at each version. Otherwise those in its queue bear the salt
+    of the version that they were sent to, and would find what that computed."""
     hints = (*failure_hints.KNOWN, *failure_hints.SLOW)
 
     def start(self, recipe: Recipe) -> Start:
@@ -35,8 +39,15 @@ class Sglang(Engine):
         return Start("astracli.engines.sglang.server")
 
     def choose(self, case: Case) -> Serving:
+        chosen = attention.attention(case)
+        assert case.recipe is not None and case.adapter is not None
+        if chosen[0] == "trtllm_mha" and case.adapter.hybrid and case.recipe.rollout.prefix_cache == "on":
+            raise UserError(
+                "rollout.prefix_cache = on: SGLang keeps no prefixes of a hybrid with the attention trtllm_mha",
+                "`--set rollout.sglang.attention_backend=triton`, or `--set rollout.prefix_cache=auto`",
+            )
         return Serving(
-            attention.attention(case),
+            chosen,
             attention.linear_attention(case),
             "SGLang's CPU backend, which computes in bf16" if case.device == "cpu" else "",
             ENV | (CPU_ENV if case.device == "cpu" else {}),

@@ -22,6 +22,9 @@ SAMPLING_BUFFERS = 5
 class VllmMemory(MemoryModel):
     weight_bytes = 2
     cache_factor = 1
+    cached_states = 2
+    """The one that it goes on from and the one that it writes (`MambaManager`, mode `align`, in
+    `v1/core/single_type_kv_cache_manager.py`); what it keeps besides gives way."""
     stays = CUDA_GRAPHS + CUDA_CONTEXT
 
     def share(self, recipe: Recipe) -> float:
@@ -44,7 +47,8 @@ class VllmMemory(MemoryModel):
             MemoryRow(name, Component.KV_CACHE_OF_OTHERS, "gpu", pool - one, fixed=reserved is not None),
         ]
         if shape.state_bytes_per_sequence:
-            rows.append(MemoryRow(name, Component.RECURRENT_STATE, "gpu", shape.state_bytes_per_sequence * requests))
+            states = shape.state_bytes_per_sequence * requests * self.states(recipe)
+            rows.append(MemoryRow(name, Component.RECURRENT_STATE, "gpu", states))
         chunk = min(own(recipe).max_num_batched_tokens, requests * recipe.rollout.context_length)
         logits = SAMPLING_BUFFERS * 4 * shape.vocab_size * requests
         return [

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from astracli.config.recipe import Recipe
 from astracli.engines.contract import ASKED, Case, Engine, Serving, Start, known
-from astracli.engines.vllm import failure_hints
+from astracli.engines.vllm import failure_hints, names
 from astracli.engines.vllm.memory import VllmMemory
 from astracli.engines.vllm.settings import NAME, VllmTable, own
 from astracli.errors import UserError
@@ -21,7 +21,10 @@ HYBRIDS = (0, 33)
 """0.20.2 registers no text model of Qwen3.5 (`model_executor/models/registry.py`); 0.33.0 does."""
 TORCH: dict[tuple[int, ...], str] = {(0, 20): "2.11.0", (0, 33): "2.14.0"}
 """Release -> the torch that its metadata asks for, exactly."""
-INSTALL = "`pip install vllm` in an environment of its own, and name its Python in resources.engine.python"
+INSTALL = (
+    "`pip install -c constraints/vllm.txt vllm xxhash zstandard psutil` in an environment of its own, and name its "
+    "Python in resources.engine.python"
+)
 BACKENDS: dict[str, tuple[Capability, str | None]] = {
     "flash_attn": ((8, 0), None),
     "flashinfer": ((8, 0), "flashinfer-python"),
@@ -36,6 +39,8 @@ class Vllm(Engine):
     summary = "vLLM, for GPUs"
     package = "vllm"
     memory = VllmMemory()
+    cache_modes = frozenset({"abort", "retract", "in_place"})
+    """`VllmEngine` salts each request by its weights."""
     hints = failure_hints.KNOWN
 
     def start(self, recipe: Recipe) -> Start:
@@ -109,6 +114,9 @@ class Vllm(Engine):
             fix = "" if met else f"`pip install vllm=={version}` in an environment of its own"
             shown = f"torch {has}" if met else f"torch {has or 'absent'} for {wants}"
             yield Check("vllm pins", GROUP, "ok" if met else case.bad(), shown, why, fix)
+        reads = facts.package("transformers").version
+        if reads is not None and (old := names.old_transformers(reads)) is not None:
+            yield Check("vllm transformers", GROUP, case.bad(), reads, *old)
         for obstacle in self.obstacles(case):
             yield Check("vllm hybrids", GROUP, case.bad(), version, obstacle.message, obstacle.hint)
 

@@ -22,8 +22,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from astracli.engines.asked import is_batch, read, update
+from astracli.engines.contract import UNPROVEN
 from astracli.engines.http import disconnected, error, events, json_body
-from astracli.engines.vllm.engine import VllmEngine
+from astracli.engines.vllm.engine import Library, VllmEngine
 from astracli.errors import UserError
 from astracli.process.server import TokenGuard, guarded
 
@@ -71,17 +72,11 @@ async def _generate(engine: VllmEngine, request: Request) -> Response:
     asked = read(body, vocabulary=engine.vocabulary, context_length=engine.context_length)
     if engine.problem is not None:
         return error(503, f"not serving: {engine.problem}")
-    try:
-        calls = [engine.generate(one) for one in asked]
-    except ValueError as refused:  # what vLLM says of parameters
-        raise UserError(str(refused)) from None
+    calls = [engine.generate(one) for one in asked]
     answers = _answers(request, calls)
     if body.get("stream"):
         return StreamingResponse(events(answers), media_type="text/event-stream")
-    try:
-        found = {place: answer async for place, answer in answers}
-    except ValueError as refused:  # what vLLM says of a request that it cannot serve
-        raise UserError(str(refused)) from None
+    found = {place: answer async for place, answer in answers}
     if len(found) < len(calls):
         return Response(status_code=499)
     return JSONResponse([found[place] for place in range(len(calls))] if is_batch(body) else found[0])
@@ -133,24 +128,28 @@ async def _take(engine: VllmEngine, request: Request) -> Response:
 
 
 async def _update(engine: VllmEngine, request: Request) -> Response:
-    version, flush = update(await json_body(request))
+    version, flush = update(await json_body(request), least=UNPROVEN)  # that one is refused, and our loader runs then
     success, message, outcome = await engine.apply_staged(version, flush=flush)
     document = {"success": success, "message": message, "outcome": outcome}
     return JSONResponse(document, status_code=200 if success else 400)
 
 
-async def _serve(told: dict[str, Any]) -> None:
-    from vllm import SamplingParams
+def start(told: dict[str, Any]) -> VllmEngine:
+    """vLLM as CONFIG.json says, called where an event loop runs."""
+    from vllm import SamplingParams, exceptions
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**told["engine"]))
-    sampling = partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY)
     asked = told["engine"]
-    engine = VllmEngine(
-        llm,
-        sampling,
+    return VllmEngine(
+        AsyncLLM.from_engine_args(AsyncEngineArgs(**asked)),
+        Library(
+            partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY),
+            tokens_input,
+            (ValueError, getattr(exceptions, "VLLMClientError", ValueError)),  # of 0.20.2, and of 0.33.0
+        ),
         model=asked["model"],
         serving=told["serving"],
         seeded=told["seeded"],
@@ -159,6 +158,11 @@ async def _serve(told: dict[str, Any]) -> None:
         context_length=asked["max_model_len"],
         sleeps=asked["enable_sleep_mode"],
     )
+
+
+async def _serve(told: dict[str, Any]) -> None:
+    engine = start(told)
+    llm = engine.llm
     server, listening = guarded(build_app(engine, told["token"]), told["host"], told["port"])
     watching = asyncio.ensure_future(_until_dead(llm))
     serving = asyncio.ensure_future(server.serve([listening]))

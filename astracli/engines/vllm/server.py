@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from astracli.engines import checkpoint, watched
-from astracli.engines.contract import flushes
 from astracli.engines.vllm import failure_hints
-from astracli.engines.vllm.names import EXECUTOR, STORE, WORKER
+from astracli.engines.vllm.names import EXECUTOR, STORE, WORKER, old_transformers
 from astracli.engines.vllm.settings import own
+from astracli.errors import RunFailed
 from astracli.process.atomic import write_atomic
 from astracli.process.config import EngineConfig
 from astracli.process.worker import Reporter, worker_main
@@ -44,6 +44,9 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
     adapter = registry.resolve(config.recipe, config.model_path)
     environment = {**watched.engine_environment(config), **ENV, STORE: watched.rank_store(config)}
     facts = watched.probe(VLLM, config, environment)
+    has = str(facts["versions"]["transformers"])
+    if (why := old_transformers(has)) is not None:
+        raise RunFailed(f"the engine's environment has transformers {has}: {why[0]}", why[1])
     folder = RunDir(config.run_dir).stage / f"{config.name}-model"
     model = checkpoint.prepare(folder, config.model_path, adapter, weights=not config.published)
     path = RunDir(config.run_dir).config / f"{config.name}.vllm.json"
@@ -54,7 +57,7 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
         "serving": not config.published,
         "seeded": config.recipe.launch.deterministic,
         "vocabulary": json.loads((model / "config.json").read_text())["vocab_size"],
-        "engine": engine_arguments(config, model, hybrid=adapter.hybrid),
+        "engine": engine_arguments(config, model),
     }
     write_atomic(path, json.dumps(told) + "\n", mode=0o600)
     server = watched.Server(VLLM, config, facts["executable"], [str(path)], environment)
@@ -66,10 +69,9 @@ def run(config: EngineConfig, reporter: Reporter) -> None:
         server.stop()
 
 
-def engine_arguments(config: EngineConfig, model: Path, *, hybrid: bool) -> dict[str, Any]:
+def engine_arguments(config: EngineConfig, model: Path) -> dict[str, Any]:
     """Keywords of vLLM's AsyncEngineArgs."""
     rollout, table = config.recipe.rollout, own(config.recipe)
-    reused = not hybrid and (not config.published or flushes(config.recipe.weights.pause_mode))
     found: dict[str, Any] = {
         "model": str(model),
         "tokenizer": str(config.model_path),
@@ -81,7 +83,7 @@ def engine_arguments(config: EngineConfig, model: Path, *, hybrid: bool) -> dict
         "max_num_seqs": rollout.running,
         "max_num_batched_tokens": max(table.max_num_batched_tokens, rollout.running),
         "gpu_memory_utilization": config.mem_fraction_static,
-        "enable_prefix_caching": reused,
+        "enable_prefix_caching": config.prefix_cache,
         "enable_sleep_mode": config.time_sharing,
         "enforce_eager": table.enforce_eager,
         "logprobs_mode": logprobs_mode(rollout.temperature),

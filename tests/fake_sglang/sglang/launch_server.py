@@ -86,19 +86,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/update_weight_version":
             server.version = body["new_version"]
             return self.answer(200, {"success": True})
-        first = self.path == "/generate" and body["rid"][0].startswith("first-")
+        rids = body.get("rid") or ["r"] * len(body.get("input_ids", ()))
+        first = self.path == "/generate" and rids[0].startswith("first-")
         if first:
             print("first requests:", json.dumps(body["sampling_params"]), flush=True)
             if os.environ.get("FAKE_SGLANG") == "compiler":
                 print("RuntimeError: Ninja build failed. nvcc: not found", flush=True)
                 os._exit(1)
         if self.path == "/generate" and server.version == "-2" and not first:
-            return self.answer(400, {"error": {"message": f"Request {body['rid'][0]} was aborted"}})
+            return self.answer(400, {"error": {"message": f"Request {rids[0]} was aborted"}})
         if self.path == "/generate":
             one = {"weight_version": server.version, "finish_reason": {"type": "length"}}
             made = [
                 {"output_ids": [5], "meta_info": {**one, "id": rid, "output_token_logprobs": [[-0.5, 5, None]]}}
-                for rid in body["rid"]
+                for rid in rids
             ]
             return self.answer(200, made)
         return self.answer(200, {})

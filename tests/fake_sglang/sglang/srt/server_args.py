@@ -2,5 +2,5 @@
 
 NAMES = (
     *("custom_weight_loader", "cuda_graph_bs_decode", "disable_prefill_cuda_graph", "mamba_ssm_dtype"),
-    "prefill_delayer_queue_min_ratio",
+    *("prefill_delayer_queue_min_ratio", "mamba_radix_cache_strategy"),
 )

@@ -77,7 +77,7 @@ def test_a_slower_engine_serves_less_and_each_is_let_go_when_its_share_is_served
     assert result.score.avg_at_n == expected_average(small(16).items, 8)
     assert fast.served + slow.served == 128 and fast.served > 4 * slow.served > 0
     assert (fast.most, slow.most) == (4, 4)
-    assert hub.released == ["fast", "slow"]
+    assert sorted(hub.released) == ["fast", "slow"], "each once; which is last depends on the machine"
 
 
 def test_an_engine_that_arrives_late_serves_the_rest() -> None:

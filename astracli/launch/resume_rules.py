@@ -57,7 +57,7 @@ MAY: frozenset[str] = frozenset(
         "data.reward_concurrency", "data.reward_memory_gib", "data.max_reward_errors", "data.code.memory_gib",
         "data.code.file_mb", "data.code.processes",
         "rollout.max_new_tokens", "rollout.context_length", "rollout.max_running_requests", "rollout.running_ceiling.",
-        "rollout.max_dropped_batches", "rollout.env_timeout_s", "rollout.refill_requests",
+        "rollout.max_dropped_batches", "rollout.env_timeout_s", "rollout.refill_requests", "rollout.prefix_cache",
         "env.tool_timeout_s", "env.tool_memory_gib", "env.tool_processes", "env.tool_concurrency",
         "train.", "weights.", "eval.", "checkpoint.", "resources.", "launch.", "metrics.",
     }

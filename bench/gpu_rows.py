@@ -39,8 +39,9 @@ GRACE_S = 30.0
 
 @dataclass(frozen=True)
 class Part:
-    """What Python runs in the repository's root. In braces stand options of this script, `out`, the part's folder of
-    results, `runs`, its folder for the rest, and `all`, the folder of the latter of all parts."""
+    """What Python runs in the repository's root (-P: with the installed package, not with the files there). In braces
+    stand options of this script, `out`, the part's folder of results, `runs`, its folder for the rest, and `all`, the
+    folder of the latter of all parts."""
 
     name: str
     command: str
@@ -48,10 +49,8 @@ class Part:
     gpus: int = 1
 
 
-def tests(name: str, limit_s: float, gpus: int = 1, more: str = "") -> Part:
-    return Part(
-        f"{name}_tests", f"-m pytest -p no:cacheprovider -q -m gpu tests/test_{name}_gpu.py{more}", limit_s, gpus
-    )
+def tests(name: str, limit_s: float, gpus: int = 1) -> Part:
+    return Part(f"{name}_tests", f"-P -m pytest -p no:cacheprovider -q -m gpu tests/test_{name}_gpu.py", limit_s, gpus)
 
 
 ENGINE = " --engine-path {engine_path} --json"
@@ -94,7 +93,7 @@ PARTS = (
          " --checkpointing full --json", 240),
     Part("slots_of_turns", "bench/engine/slots.py --model {model_05b} --attention triton --slots 256 --turns 5"
          " --tool-ms 100 --episodes 1000 --seconds 40" + ENGINE, 240),
-    Part("vllm_tests", f"-c {shlex.quote(VLLM_TESTS)}", 300),
+    Part("vllm_tests", f"-P -c {shlex.quote(VLLM_TESTS)}", 300),
     *beside("side_by_side", 600, "vllm_05b", "sglang_05b", "sglang_4b", "vllm_4b"),
     *beside("offline", 600, "vllm_05b", "sglang_05b", "sglang_4b"),
     *beside("prefixes", 600, "vllm_05b", "sglang_05b", "sglang_4b"),
@@ -102,7 +101,7 @@ PARTS = (
          + ENGINE, 600),
     Part("small_card_48", "bench/learning/small_card.py --gib 48 --side-by-side --steps 8 --model {model_4b}"
          " --folder {runs}" + ENGINE, 420),
-    Part("warm", "-m astracli doctor qwen3.5-4b-m2po-delta --warm --tuned-out {out}/tuned.json"
+    Part("warm", "-P -m astracli doctor qwen3.5-4b-m2po-delta --warm --tuned-out {out}/tuned.json"
          " --set model.path={model_4b} --set resources.rollout_gpus=1 --set resources.train_gpus=1"
          " --set resources.share_gpus=true --set resources.engine.env.PYTHONPATH={engine_path}", 420),
     Part("full_size_shared", "bench/loop/full_size.py --layout shared --time-sharing --model {model_4b} --steps 8"
@@ -111,7 +110,8 @@ PARTS = (
     learning("tools_code", GSM8K, 420, f"{TOOLS} env.format=code"),
     learning("gsm8k_full", GSM8K, 900, " --set train.steps=50"),
     learning("gsm8k_lora", "qwen2.5-0.5b-gsm8k-lora", 900, " --set train.steps=50"),
-    Part("gsm8k_lora_beside_full", "-m astracli eval --compare {all}/gsm8k_full/run {all}/gsm8k_lora/run --json", 120),
+    Part("gsm8k_lora_beside_full", "-P -m astracli eval --compare {all}/gsm8k_full/run {all}/gsm8k_lora/run"
+         " --json", 120),
     learning("gsm8k", GSM8K, 1800),
     learning("math", "math", 1800, model="{model_15b}"),
     Part("beside_trl", "bench/loop/beside_trl_gpu.py --model {model_05b} --data {data} --trl-path {vllm_path}"

@@ -63,8 +63,8 @@ class RolloutTable(Table):
     or more, otherwise 1. It matters for engines whose client sends each request by itself."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
     """Whether an engine keeps the keys and values of prompts for later requests with the same beginning: the samples of
-    a group, the turns of an episode. Those of older weights serve nobody. On a hybrid it costs memory for further
-    recurrent states. `auto`: where it costs nothing and the engine has one; the plan shows the reason."""
+    a group, the turns of an episode. Entries that older weights computed are never used. On a hybrid it costs memory
+    for further recurrent states. `auto`: where it costs nothing and the engine has one; the plan shows the reason."""
     max_dropped_batches: NonNegativeInt = 8
     """Groups in which all samples have the same reward are dropped. The run ends after this many batches (x
     `train.batch_groups` groups) were dropped in a row. 0: it never ends for this reason."""

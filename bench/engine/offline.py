@@ -19,14 +19,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.engines.client import EngineClient
 from astracli.engines.contract import GenRequest, GenResult
 from astracli.process.config import EngineAddress, RolloutConfig, SampleFile
 from astracli.process.worker import Reporter
@@ -36,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared import folder, more_options, say, show
 
 from engine.rollout import GROUP, TOKEN, chosen, engine_options, hub, serving
-from engine.slots import law
+from engine.slots import follow, law
 
 HERE = Path(__file__).resolve().parent
 Asked = list[tuple[list[int], int]]
@@ -56,35 +53,19 @@ class Clock:
         self.asked: Asked = []
         self.tokens, self.first, self.last = 0, 0.0, 0.0
 
+    def asks(self, requests: list[GenRequest]) -> None:
+        self.first = self.first or time.monotonic()
+        self.asked += [(list(map(int, each.input_ids)), each.max_new_tokens) for each in requests]
 
-def following(args: argparse.Namespace, clock: Clock, client: Any) -> type[EngineClient]:
-    """A client whose requests end where the law says."""
-    length = law(args)
-
-    class Following(client):  # type: ignore[misc]
-        async def generate(self, requests: Sequence[GenRequest], *more: Any) -> list[GenResult]:
-            clock.first = clock.first or time.monotonic()
-            asked = [replace(r, max_new_tokens=length(r.seed) - r.draw_offset, stop_token_ids=()) for r in requests]
-            clock.asked += [(list(map(int, each.input_ids)), each.max_new_tokens) for each in asked]
-            results = await super().generate(asked, *more)
-            clock.tokens += sum(len(result.tokens) for result in results)
-            clock.last = time.monotonic()
-            return results
-
-    return Following
+    def came(self, results: list[GenResult]) -> None:
+        self.tokens += sum(len(result.tokens) for result in results)
+        self.last = time.monotonic()
 
 
 def worker(args: argparse.Namespace, recipe: Recipe, model: Path, name: Path) -> tuple[Clock, Path]:
     """(what the rollout worker did, the run directory of its engine)"""
     clock, kind = Clock(), engines.of(recipe)
-    made = following(args, clock, type(kind.client("http://e", TOKEN, name="engine0", stage_dir=name)))
-
-    def client(*words: Any, **told: Any) -> Any:
-        if made.__base__ is EngineClient:
-            del told["stage_dir"]
-        return made(*words, **told)
-
-    kind.client = client  # type: ignore[method-assign]
+    follow(kind, law(args), clock.came, clock.asks)
     groups = max(1, args.slots * args.waves // GROUP)
     with serving(recipe, model, name) as served, hub(name, name / "metrics.jsonl", slots=args.slots) as (_, hub_url):
         config = RolloutConfig(

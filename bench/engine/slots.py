@@ -36,8 +36,7 @@ import numpy as np
 
 from astracli.config.recipe import Recipe
 from astracli.engines import registry as engines
-from astracli.engines.client import EngineClient
-from astracli.engines.contract import GenRequest, GenResult
+from astracli.engines.contract import Engine, GenRequest, GenResult
 from astracli.process.config import EngineAddress, RolloutConfig
 from astracli.process.worker import Reporter
 from astracli.rollout import worker as rollout
@@ -59,17 +58,30 @@ def law(args: argparse.Namespace) -> Callable[[int], int]:
     return length
 
 
-def long_tailed(length: Callable[[int], int], lengths: list[int], client: Any) -> type[EngineClient]:
-    """A client whose requests end where the law says; `lengths` gets the tokens of each that has come back."""
+def follow(
+    kind: Engine,
+    length: Callable[[int], int],
+    came: Callable[[list[GenResult]], None],
+    asks: Callable[[list[GenRequest]], None] = lambda requests: None,
+) -> None:
+    """From now on the engine's clients end each request where the law says. `asks` and `came` hear of every call."""
+    real = kind.client
 
-    class LongTailed(client):  # type: ignore[misc]
-        async def generate(self, requests: Sequence[GenRequest], *more: Any) -> list[GenResult]:
+    def client(*words: Any, **told: Any) -> Any:
+        made = real(*words, **told)
+        generate = made.generate
+
+        async def following(requests: Sequence[GenRequest], *more: Any) -> list[GenResult]:
             asked = [replace(r, max_new_tokens=length(r.seed) - r.draw_offset, stop_token_ids=()) for r in requests]
-            results = await super().generate(asked, *more)
-            lengths.extend(len(result.tokens) for result in results)
+            asks(asked)
+            results: list[GenResult] = await generate(asked, *more)
+            came(results)
             return results
 
-    return LongTailed
+        made.generate = following
+        return made
+
+    kind.client = client  # type: ignore[method-assign]
 
 
 def endless(model: Path, folder: Path) -> Path:
@@ -147,14 +159,7 @@ def measure(args: argparse.Namespace, recipe: Recipe, model: Path, folder: Path)
         recipe = with_turns(args, recipe, args.slots)
     length, lengths = law(args), list[int]()
     kind = engines.of(recipe)
-    tailed = long_tailed(length, lengths, type(kind.client("http://engine", TOKEN, name="engine0", stage_dir=folder)))
-
-    def client(*words: Any, **told: Any) -> Any:
-        if tailed.__base__ is EngineClient:
-            del told["stage_dir"]
-        return tailed(*words, **told)
-
-    kind.client = client  # type: ignore[method-assign]
+    follow(kind, length, lambda results: lengths.extend(len(result.tokens) for result in results))
     with (
         engine(recipe, model, folder) as url,
         hub(folder, folder / "metrics.jsonl", slots=args.episodes or args.slots) as (store, hub_url),
